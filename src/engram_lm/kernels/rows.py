@@ -1,0 +1,157 @@
+"""Row kernels on the CPU: gather, merge of repeated rows, and the row updates, each beside no Python loop per row.
+
+Plain twins: `gather` is `rows[address]`; `merge` is sort + segment sum (`tables.gradients.merge_plain`); the updates are
+`tables.rules.*.apply_plain`. All kernels release the GIL and touch memory through NumPy views alone.
+
+The gather asks the memory controller for row i + PREFETCH_ROWS while it copies row i: a random row is a cache miss and
+usually a TLB miss, and one miss at a time is what makes `index_select` slow (80-300 ns a row against 23-48 ns here).
+"""
+
+import mmap
+
+import numpy as np
+from llvmlite import ir
+from numba import njit
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+PREFETCH_ROWS = 24  # rows in flight; measured flat between 16 and 32 on server Xeons
+MADV_HUGEPAGE = 14  # Linux; 2 MiB pages halve the cost of a random row
+CACHE_LINE = 64
+
+
+@intrinsic
+def _prefetch(typing_context, address):
+    """LLVM's prefetch of one cache line for reading, kept in all cache levels."""
+    signature = types.void(types.uintp)
+
+    def codegen(context, builder, signature, args):
+        byte_pointer, int32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [byte_pointer, int32, int32, int32]),
+            "llvm.prefetch.p0",
+        )
+        pointer = builder.inttoptr(args[0], byte_pointer)
+        builder.call(function, [pointer, ir.Constant(int32, 0), ir.Constant(int32, 3), ir.Constant(int32, 1)])
+
+    return signature, codegen
+
+
+@intrinsic
+def _copy_bytes(typing_context, destination, source, n_bytes):
+    """memcpy between two addresses."""
+    signature = types.void(types.uintp, types.uintp, types.intp)
+
+    def codegen(context, builder, signature, args):
+        byte_pointer = ir.IntType(8).as_pointer()
+        target, origin = builder.inttoptr(args[0], byte_pointer), builder.inttoptr(args[1], byte_pointer)
+        cgutils.raw_memcpy(builder, target, origin, args[2], 1, align=1)
+
+    return signature, codegen
+
+
+@njit(nogil=True, cache=True)
+def first_out_of_range(address_N, n_rows):
+    """Index of the first address outside [0, n_rows), or -1. One pass, before anything is read."""
+    bad = False
+    for i in range(address_N.shape[0]):
+        bad |= (address_N[i] < 0) | (address_N[i] >= n_rows)
+    if bad:
+        for i in range(address_N.shape[0]):
+            if address_N[i] < 0 or address_N[i] >= n_rows:
+                return i
+    return -1
+
+
+@njit(nogil=True, cache=True)
+def gather(base_pointer, address_N, out_pointer, bytes_per_row):
+    """Copy row address_N[i] of the table at `base_pointer` to row i at `out_pointer`. Addresses must be in range."""
+    n = address_N.shape[0]
+    row_bytes = np.uint64(bytes_per_row)
+    for i in range(n):
+        if i + PREFETCH_ROWS < n:
+            ahead = base_pointer + np.uint64(address_N[i + PREFETCH_ROWS]) * row_bytes
+            for line in range(0, bytes_per_row, CACHE_LINE):
+                _prefetch(ahead + np.uint64(line))
+        source = base_pointer + np.uint64(address_N[i]) * row_bytes
+        _copy_bytes(out_pointer + np.uint64(i) * row_bytes, source, bytes_per_row)
+
+
+@njit(nogil=True, cache=True)
+def merge(sorted_N, order_N, gradient_NW, unique_U, merged_UW):
+    """Sum the gradients of equal addresses, in order of appearance. Returns how many rows were written.
+
+    sorted_N: addresses ascending (stable); order_N: where each came from; outputs must hold N rows.
+    """
+    n, width = gradient_NW.shape
+    u = -1
+    for i in range(n):
+        source = order_N[i]
+        if i == 0 or sorted_N[i] != sorted_N[i - 1]:
+            u += 1
+            unique_U[u] = sorted_N[i]
+            for w in range(width):
+                merged_UW[u, w] = gradient_NW[source, w]
+        else:
+            for w in range(width):
+                merged_UW[u, w] += gradient_NW[source, w]
+    return u + 1
+
+
+@njit(nogil=True, cache=True)
+def update_sgd(rows_RW, unique_U, gradient_UW, rate, scale):
+    """rows -= rate * (scale * gradient); the factors multiply in the order torch's clipping and SGD use."""
+    for u in range(unique_U.shape[0]):
+        r = unique_U[u]
+        for w in range(rows_RW.shape[1]):
+            rows_RW[r, w] -= rate * (scale * gradient_UW[u, w])
+
+
+@njit(nogil=True, cache=True)
+def update_rmsprop(rows_RW, second_R, unique_U, gradient_UW, rate, scale, decay, eps):
+    """Row-wise RMSprop: one second moment a row, the mean over its width."""
+    width = rows_RW.shape[1]
+    for u in range(unique_U.shape[0]):
+        r = unique_U[u]
+        total = 0.0
+        for w in range(width):
+            g = np.float64(scale * gradient_UW[u, w])
+            total += g * g
+        second_R[r] = np.float32(decay * second_R[r] + (1.0 - decay) * (total / width))
+        step = np.float32(rate / (np.sqrt(np.float64(second_R[r])) + eps))
+        for w in range(width):
+            rows_RW[r, w] -= step * (scale * gradient_UW[u, w])
+
+
+@njit(nogil=True, cache=True)
+def update_adam(rows_RW, second_R, count_R, unique_U, gradient_UW, rate, scale, beta2, eps):
+    """Row-wise Adam with beta1 = 0: one second moment and one count a row, bias-corrected by that row's own count."""
+    width = rows_RW.shape[1]
+    for u in range(unique_U.shape[0]):
+        r = unique_U[u]
+        total = 0.0
+        for w in range(width):
+            g = np.float64(scale * gradient_UW[u, w])
+            total += g * g
+        count_R[r] += 1
+        second_R[r] = np.float32(beta2 * second_R[r] + (1.0 - beta2) * (total / width))
+        corrected = np.float64(second_R[r]) / (1.0 - beta2 ** np.float64(count_R[r]))
+        step = np.float32(rate / (np.sqrt(corrected) + eps))
+        for w in range(width):
+            rows_RW[r, w] -= step * (scale * gradient_UW[u, w])
+
+
+def zero_pages(n_bytes: int) -> mmap.mmap:
+    """`n_bytes` of private anonymous memory asking for huge pages: zero, and costing nothing until touched.
+
+    Private matters: Python's default is shared memory, which gets no huge pages.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    pages = mmap.mmap(-1, max(n_bytes, 1), flags=flags)
+    if hasattr(pages, "madvise"):
+        try:
+            pages.madvise(MADV_HUGEPAGE)
+        except OSError:  # kernels without transparent huge pages; slower, not wrong
+            pass
+    return pages
