@@ -10,17 +10,19 @@ The rule (Engram paper, arXiv 2601.07372, section 2.2, and its released code), f
            normalise(text) or text         otherwise
     canonical = the number of distinct keys seen before the first id with this key
 
-    normalise = NFKC, NFD, strip accents, lowercase, [ \\t\\r\\n]+ → one space, a lone space → sentinel, strip, sentinel → space
+    normalise = NFKC, NFD, strip accents, lowercase, [ \\t\\r\\n]+ → one space,
+                a lone space → sentinel, strip, sentinel → space
 
-Holes are ids below `raw_size` that name no token: gaps in the vocabulary, or padding of a model's embedding beyond it (`raw_size=`).
-They decode to "", so the rule gives all of them one canonical id, shared with any token that decodes to "". No text reaches them.
+Holes are ids below `raw_size` that name no token: gaps in the vocabulary, or a model's embedding rows beyond it
+(`raw_size=`). They decode to "", so the rule gives all of them one canonical id, shared with any token that decodes
+to "". No text reaches them.
 
     tokens = TokenMap.from_tokenizer(tokenizer)      # tokenizers.Tokenizer or a transformers fast tokenizer
     canonical_BT = tokens.canonical_of(ids_BT)       # −1 (DEAD: padding, image) stays −1
     print(tokens.raw_size, "→", tokens.size, tokens.groups(limit=3))
 
-File (`save`, `load`), little-endian: magic "ENGRMAP\\0"; u32 version = 1; u32 header bytes; header (UTF-8 JSON, padded by spaces so that
-the ids begin at a multiple of 64); raw_size × i32 canonical ids; sha256 (32 bytes) of all before it.
+File (`save`, `load`), little-endian: magic "ENGRMAP\\0"; u32 version = 1; u32 header bytes; header (UTF-8 JSON, padded
+by spaces so that the ids begin at a multiple of 64); raw_size × i32 canonical ids; sha256 (32 bytes) of all before it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import os
 import struct
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +45,7 @@ from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
 DEAD = -1
 MAGIC = b"ENGRMAP\0"
 VERSION = 1
-# A private-use character: it keeps a lone space from being stripped. A token that is exactly this character becomes a space.
+# A private-use character that keeps a lone space from being stripped. A token that is this character becomes a space.
 _SENTINEL = "\ue000"
 # More ids than any tokenizer has; keeps canonical ids inside int32 and a hostile header from asking for all memory.
 _MAX_IDS = 1 << 27
@@ -58,11 +60,19 @@ class TokenGroup(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenMap:
-    """canonical: int64 [raw_size], read-only, values 0 … size−1 dealt in first-seen order. Built by the class methods."""
+    """A map and the tokenizer it belongs to. Built by the class methods.
+
+    canonical: int64 [raw_size], read-only, values 0 … size−1 dealt in first-seen order
+    size, raw_size: how many canonical ids, how many raw ids
+    fingerprint: sha256 of the map alone
+    """
 
     canonical: np.ndarray
     kind: Literal["compressed", "raw"]
     tokenizer_fingerprint: str
+    size: int = field(init=False)
+    raw_size: int = field(init=False)
+    fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         canonical = np.array(self.canonical, dtype=np.int64)
@@ -90,13 +100,9 @@ class TokenMap:
         content = f"engram token map 1\n{canonical.size}\n".encode() + canonical.astype("<i4").tobytes()
         object.__setattr__(self, "fingerprint", hashlib.sha256(content).hexdigest())
 
-    size: int = 0  # canonical ids; set from `canonical`
-    raw_size: int = 0  # raw ids; set from `canonical`
-    fingerprint: str = ""  # sha256 of the map alone; set from `canonical`
-
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, *, raw_size: int | None = None) -> TokenMap:
-        """Compress: see the module's rule. `raw_size` (a model's embedding rows) may exceed the tokenizer's ids: the rest are holes."""
+        """Compress by the module's rule. `raw_size`, a model's embedding rows, may exceed the ids: the rest are holes."""
         backend = _backend(tokenizer)
         tokens = _tokens_by_id(backend, raw_size)
         decode = functools.partial(backend.decode, skip_special_tokens=False)
@@ -110,7 +116,7 @@ class TokenMap:
         return cls(np.arange(count), "raw", tokenizer_fingerprint(tokenizer))
 
     def canonical_of(self, ids: Any) -> np.ndarray:
-        """ids: integers of any shape, each −1 or 0 … raw_size−1 → int64 of the same shape. Anything else raises TokenIdError."""
+        """ids: integers of any shape, each −1 or 0 … raw_size−1 → int64 of that shape. Else TokenIdError."""
         ids = np.asarray(ids)
         if ids.size == 0:
             return np.zeros(ids.shape, dtype=np.int64)
@@ -119,8 +125,8 @@ class TokenMap:
         if int(ids.min()) < DEAD or int(ids.max()) >= self.raw_size:
             at = tuple(int(i[0]) for i in np.nonzero((ids < DEAD) | (ids >= self.raw_size)))
             raise TokenIdError(
-                f"token id {ids[at]} at position {at[0] if len(at) == 1 else at} is outside this vocabulary of {self.raw_size} ids "
-                f"(wanted −1 or 0 … {self.raw_size - 1}). Is this the tokenizer the map was built from?"
+                f"token id {ids[at]} at position {at[0] if len(at) == 1 else at} is outside this vocabulary "
+                f"of {self.raw_size} ids (wanted −1 or 0 … {self.raw_size - 1}). Is this the tokenizer the map was built from?"
             )
         return self._lookup[ids.astype(np.int64, copy=False)]  # type: ignore[attr-defined]
 
@@ -216,12 +222,13 @@ _HEADER_KEYS = ("kind", "size", "raw_size", "fingerprint", "tokenizer_fingerprin
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """sha256 of which ids a text gets: vocabulary, merges, added tokens, normaliser, pre-tokeniser, decoder.
 
-    Left out, because no id changes its meaning by them: truncation, padding, the post-processor (it only adds ids around a text),
-    whether an added token counts as special, and fields at null or false, which other versions of tokenizers omit.
+    Left out, because no id changes its meaning by them: truncation, padding, the post-processor (it only adds ids
+    around a text), whether an added token counts as special, and fields at null or false, which other versions of
+    tokenizers omit.
     """
     content = json.loads(_backend(tokenizer).to_str())
     model = dict(content["model"])
-    # The long parts, as lines. Older releases of tokenizers write a merge as one string with a space, which no token holds.
+    # The long parts, as lines. Older releases of tokenizers write a merge as one string with a space.
     vocabulary = model.pop("vocab", None)
     merges = [
         merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges", None) or ()
@@ -238,7 +245,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def normalise(text: str) -> str:
-    """The released code's normaliser. Most tokens are ASCII, where five Unicode passes are one `lower` and two regex-free steps."""
+    """The released code's normaliser. Most tokens are ASCII, where its passes are plain string methods."""
     return _normalise_ascii(text) if text.isascii() else _normaliser()(text)
 
 
@@ -309,7 +316,7 @@ def _backend(tokenizer: Any) -> Any:
         if all(hasattr(candidate, name) for name in ("to_str", "get_vocab", "decode", "id_to_token")):
             return candidate
     raise ConfigError(
-        f"got {type(tokenizer).__module__}.{type(tokenizer).__name__}, wanted a fast tokenizer: a tokenizers.Tokenizer, "
+        f"got {type(tokenizer).__module__}.{type(tokenizer).__name__}, wanted a fast tokenizer: tokenizers.Tokenizer, "
         "or a transformers tokenizer that is backed by one (AutoTokenizer.from_pretrained(…))"
     )
 

