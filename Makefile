@@ -1,0 +1,51 @@
+# `make` lists the targets. `make test` and `make demo` set everything up first, in .venv; running them twice is safe.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.engram-lm-is-set-up
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+TORCH  := torch==2.13.0
+
+# The first Python that is 3.11 or newer and can make environments; or name one: make setup PYTHON=/path/to/python3
+PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3.14; do \
+    $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+    && { echo $$python; break; }; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-all lint bench-core demo
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## environment in .venv: torch 2.13.0, then this project with [hf,dev], all versions pinned
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "setup: found no Python 3.11 or newer with the venv module." \
+	    "Install one (Debian: apt install python3-venv) or name it: make setup PYTHON=..." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+	    || { echo "setup 1/3: new environment in $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "setup 2/3: $(TORCH) (the default build for Linux is some GB; the first time takes minutes)"
+	@$(PIP) install $(TORCH) -c constraints.txt
+	@echo "setup 3/3: engram-lm with its extras hf and dev"
+	@$(PIP) install -e '.[hf,dev]' -c constraints.txt
+	@touch $@
+	@echo "setup: done"
+
+test: setup ## the fast set, about a minute on two cores
+	$(BIN)/python -m pytest -q
+
+test-all: setup ## everything but benchmarks: the fast set, the slow one, and what needs a package registry
+	$(BIN)/python -m pytest -q -m "not bench"
+
+lint: setup ## ruff, import directions, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/pyrefly check
+
+bench-core: setup ## time the core on one thread; the last line is JSON
+	@test -f benchmarks/core.py || { echo "bench-core: benchmarks/core.py is not there yet" >&2; exit 1; }
+	$(BIN)/python benchmarks/core.py
+
+demo: setup ## a language model with memory, and where the memory speaks
+	$(BIN)/engram-lm demo
