@@ -1,9 +1,11 @@
 """The command line as a user meets it: start-up, refusals in one line, exit codes."""
 
+import json
 import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,53 @@ def test_version_names_the_libraries(capsys):
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_exit_code_2(tokens, told, capsys):
+    assert cli.run(tokens) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("engram-lm: ")
+    assert captured.err.count("\n") == 1
+    assert told in captured.err
+
+
+@pytest.fixture(scope="module")
+def dead_example() -> dict:
+    """Published rows of deepseek-v4.1, layer 1, for ids with a dead token among them."""
+    return json.loads((Path(__file__).parent / "golden" / "addresses.json").read_text())["deepseek_v41"][
+        "dead_example"
+    ]
+
+
+DEEPSEEK = ["addresses", "--profile", "deepseek-v4.1", "--layer", "1", "--canonical"]
+
+
+def test_addresses_prints_the_published_rows(dead_example, capsys):
+    ids = ",".join(map(str, dead_example["ids"]))
+    assert cli.run([*DEEPSEEK, "--ids", ids, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == dead_example["hash_L1"]
+
+
+def test_a_list_of_ids_may_begin_with_a_dead_token(dead_example, capsys):
+    assert cli.run([*DEEPSEEK, "--ids", "-1,0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0] == dead_example["hash_L1"][dead_example["ids"].index(-1)]
+
+
+def test_addresses_prints_a_table(capsys):
+    command = ["addresses", "--profile", "longcat", "--layer", "0", "--ids", "5,6,7"]
+    assert cli.run(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["id", "5", "6", "7"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "told"),
+    [
+        (["addresses", "--profile", "nobody", "--layer", "1", "--ids", "1"], "'nobody'"),
+        ([*DEEPSEEK, "--ids", "1,x"], "'1,x'"),
+        ([*DEEPSEEK, "--ids", "99092"], "99092"),
+        (["addresses", "--profile", "deepseek-v4.1", "--layer", "1", "--ids", "1"], "--canonical"),
+    ],
+)
+def test_addresses_refuses_in_one_line(tokens, told, capsys):
     assert cli.run(tokens) == 2
     captured = capsys.readouterr()
     assert captured.out == ""

@@ -11,7 +11,6 @@ reader of a pipe has gone. Anything else is a bug of ours and keeps its tracebac
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
@@ -43,30 +42,52 @@ def addresses(
     ids: IdList,
     canonical: Flag = False,
     json: Flag = False,
-    tokenizer: Path | None = None,
+    layers: IdList | None = None,
+    rows_per_head: int | None = None,
+    vocab_size: int | None = None,
+    fill_id: int | None = None,
+    eos_ids: IdList | None = None,
 ) -> None:
-    """Print the table rows that token ids read, head by head, before offsets.
+    """Print the table rows that token ids read, head by head, counted within each head.
 
     Parameters
     ----------
     profile
         Address scheme: paper, deepseek-v4.1, qwen-ple or longcat.
     layer
-        Index of the block that reads the memory, from 0.
+        Block that reads the memory, from 0.
     ids
         Token ids with commas between them, such as 0,5,17,-1,42.
     canonical
-        The ids are canonical already; -1 is a dead token.
+        The ids are canonical ones; -1 is a dead token.
     json
-        Print one JSON list of lists instead of a table.
-    tokenizer
-        Tokenizer (a tokenizer.json or its folder) whose canonical map the ids go through.
+        Print JSON, one list of rows a token, instead of a table.
+    layers
+        All blocks that read the memory, if not the released model's: moduli depend on them.
+    rows_per_head
+        Rows wanted of each head, if not the profile's.
+    vocab_size
+        Number of ids that are hashed, if not the released model's.
+    fill_id
+        Id that stands before the start, if not the released model's.
+    eos_ids
+        Ids that end a text, for profiles that stop there.
     """
-    from engram_lm.addressing.command import addresses_command
+    from engram_lm.addressing.command import addresses_command, parse_ids
 
-    addresses_command(
-        profile=profile, layer=layer, ids=ids, canonical=canonical, json=json, tokenizer=tokenizer
+    printed = addresses_command(
+        profile=profile,
+        layer=layer,
+        ids=ids,
+        canonical=canonical,
+        json=json,
+        layers=None if layers is None else parse_ids(layers),
+        rows_per_head=rows_per_head,
+        vocab_size=vocab_size,
+        fill_id=fill_id,
+        eos_ids=() if eos_ids is None else parse_ids(eos_ids),
     )
+    print(printed)
 
 
 # Commands on a model go here, one function each: train, generate, trace, demo.
