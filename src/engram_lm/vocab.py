@@ -102,7 +102,7 @@ class TokenMap:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, *, raw_size: int | None = None) -> TokenMap:
-        """Compress by the module's rule. `raw_size`, a model's embedding rows, may exceed the ids: the rest are holes."""
+        """Compress by the module's rule. `raw_size`, a model's embedding rows, may exceed the ids: holes follow."""
         backend = _backend(tokenizer)
         tokens = _tokens_by_id(backend, raw_size)
         decode = functools.partial(backend.decode, skip_special_tokens=False)
@@ -126,7 +126,7 @@ class TokenMap:
             at = tuple(int(i[0]) for i in np.nonzero((ids < DEAD) | (ids >= self.raw_size)))
             raise TokenIdError(
                 f"token id {ids[at]} at position {at[0] if len(at) == 1 else at} is outside this vocabulary "
-                f"of {self.raw_size} ids (wanted −1 or 0 … {self.raw_size - 1}). Is this the tokenizer the map was built from?"
+                f"of {self.raw_size} ids (wanted −1 or 0 … {self.raw_size - 1}). Is this another tokenizer's id?"
             )
         return self._lookup[ids.astype(np.int64, copy=False)]  # type: ignore[attr-defined]
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import re
 import sys
 import time
@@ -152,8 +151,8 @@ def require_base(model: torch.nn.Module, *, ref: BaseRef) -> None:
     found = fingerprint_of(model)
     if found != ref.sha256:
         raise IdentityError(
-            f"this memory belongs to the base {ref.name!r} with weights {ref.sha256[:12]}; this model has {found[:12]}. "
-            f"Load the base it was trained on (same revision, float32 or bfloat16)."
+            f"this memory belongs to the base {ref.name!r} with weights {ref.sha256[:12]}; "
+            f"this model has {found[:12]}. Load the base it was trained on (same revision, float32 or bfloat16)."
         )
 
 
@@ -171,13 +170,6 @@ def quiet_libraries() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def muted_stderr() -> Iterator[None]:
-    """For the one bar that has no switch: the GGUF reader's. Python-level stderr only, so crashes still show."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
 
 
 def _sample(weight: torch.Tensor) -> torch.Tensor:

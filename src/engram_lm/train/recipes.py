@@ -6,8 +6,8 @@ A recipe is a shape, not a training plan. Parameters with tied embeddings and a 
     small   10 layers × 256,   8,192 ids   10.0 M    first experiments
     base    12 layers × 512,  16,384 ids   46.2 M    ablations
 
-The tokenizer is trained on the caller's text; the same text gives the same tokenizer, and the same seed the same weights.
-`byte_tokenizer()` needs no text: the 256 bytes and two special tokens.
+The tokenizer is trained on the caller's text; the same text gives the same tokenizer, the same seed the same
+weights. `byte_tokenizer()` needs no text: the 256 bytes and two special tokens.
 
     tokenizer = train_tokenizer(texts, vocab_size=RECIPES["small"].vocab_size)
     model = build_model(RECIPES["small"], tokenizer=tokenizer, seed=0)
