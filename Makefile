@@ -3,7 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.engram-lm-is-set-up
-PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -q
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 TORCH  := torch==2.13.0
 
 # The first Python that is 3.11 or newer and can make environments; or name one: make setup PYTHON=/path/to/python3

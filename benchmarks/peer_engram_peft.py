@@ -1,6 +1,6 @@
 """engram-peft 1.2.7 on a random Llama, timed against the bare model in the same run.
 
-Run by a Python 3.12 that has engram-peft; it does not import engram_lm. About two minutes:
+Run by a Python 3.12 that has engram-peft; it does not import engram_lm. Two to three minutes:
 
     python3.12 -m venv peer && peer/bin/pip install torch==2.13.0 engram-peft==1.2.7
     peer/bin/python benchmarks/peer_engram_peft.py --quick
@@ -54,6 +54,7 @@ HEADS_PER_ORDER = 8
 HEAD_WIDTH = 80
 # The peer divides this by the heads of the order, then takes the next primes: 141,400 wanted rows a head.
 ROWS_PER_ORDER = 1_131_200
+MEASUREMENTS = ["forward", "decode_step", "training_step", "layer_alone"]
 
 
 def tokenizer_of_words() -> PreTrainedTokenizerFast:
@@ -335,6 +336,7 @@ def main() -> None:
     parser.add_argument("--training-repeats", type=int, default=2)
     parser.add_argument("--layer-repeats", type=int, default=9)
     parser.add_argument("--decode-steps", type=int, default=64)
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS, help="what to time")
     parser.add_argument("--train-mode", choices=["full_finetune", "engram_only"], default="full_finetune")
     options = parser.parse_args()
     if options.quick:
@@ -376,15 +378,19 @@ def main() -> None:
         draw: draw_ids(draw, batch=options.batch, tokens=options.tokens, count=3)
         for draw in ("zipf", "uniform")
     }
-    result["forward"] = forward_times(bare, attached, batches, repeats=options.forward_repeats)
     steps = options.decode_steps
-    result["decode_step"] = decode_times(
-        bare, attached, batches["zipf"][0], prompt=options.tokens - steps, steps=steps
-    )
-    result["training_step"] = training_times(bare, attached, batches, repeats=options.training_repeats)
+    measure = {
+        "forward": lambda: forward_times(bare, attached, batches, repeats=options.forward_repeats),
+        "decode_step": lambda: decode_times(
+            bare, attached, batches["zipf"][0], prompt=options.tokens - steps, steps=steps
+        ),
+        "training_step": lambda: training_times(bare, attached, batches, repeats=options.training_repeats),
+        "layer_alone": lambda: layer_alone_times(attached, batches, repeats=options.layer_repeats),
+    }
+    for name in options.only:
+        result[name] = measure[name]()
     # Linux gives the peak in KiB.
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    result["layer_alone"] = layer_alone_times(attached, batches, repeats=options.layer_repeats)
     result["wall_s"] = time.time() - started
     print(json.dumps(result))
 
