@@ -1,5 +1,6 @@
 """Published constants and hash matrices, and the transformers implementation, against all three ways of addressing."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_multipliers_and_primes_are_the_published_ones(name, key):
         assert scheme.vocab_size == golden["V"]
         assert scheme.fill_id == golden["pad_comp"]
         assert scheme.multipliers.tolist() == golden["multipliers"][str(scheme.layer)]
-        assert scheme.moduli.tolist() == sum(golden["primes"][str(scheme.layer)], [])
+        assert scheme.moduli.tolist() == np.concatenate(golden["primes"][str(scheme.layer)]).tolist()
 
 
 def test_row_totals_of_deepseek():
@@ -90,7 +91,7 @@ def test_toy(way):
     )
     scheme = resolve(profile, vocab_size=1000, layers=golden["layers"], fill_id=golden["pad"])[0]
     assert scheme.multipliers.tolist() == golden["multipliers_L1"]
-    assert scheme.moduli.tolist() == sum(golden["primes_L1"], [])
+    assert scheme.moduli.tolist() == np.concatenate(golden["primes_L1"]).tolist()
     assert (way(scheme, golden["ids"]) - scheme.offsets).tolist() == golden["hash_L1"]
 
 
@@ -181,7 +182,7 @@ def test_qwen_equals_transformers(seed):
             cuts = [0, 1, 2, 9, 23]
             parts = [
                 way(scheme, ids_BT[:, i:j], previous_BP=ids_BT[:, max(0, i - order + 1) : i])
-                for i, j in zip(cuts, cuts[1:], strict=False)
+                for i, j in itertools.pairwise(cuts)
             ]
             np.testing.assert_array_equal(np.concatenate(parts, axis=1), wanted)
         # A masked place is an EOS to transformers.

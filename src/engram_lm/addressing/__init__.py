@@ -2,8 +2,8 @@
 
     from engram_lm.addressing import PROFILES, resolve
 
-`profile` and `shipped` are data, `resolve` makes `scheme`s, `plain` is the readable twin of the kernel, `device` (import
-it where torch is there) the torch form, `identity` the content hash, `command` what `engram-lm addresses` prints.
+`profile` and `shipped` are data, `resolve` makes `scheme`s, `plain` is the readable twin of the kernel, `device` the
+torch form (import it where torch is there), `identity` the content hash, `command` what `engram-lm addresses` prints.
 """
 
 from engram_lm.addressing.identity import Identity

@@ -26,7 +26,7 @@ def addresses_command(
     layers: Sequence[int] | None = None,
     rows_per_head: int | None = None,
 ) -> str:
-    """The text that the command prints. Without a tokenizer ids are taken as they are, so compressed ones need `canonical`.
+    """The text that the command prints. There is no tokenizer here: ids are taken as they are.
 
     vocab_size, fill_id and layers default to the released model's; `layer` is one of `layers`.
     """
@@ -62,7 +62,7 @@ def addresses_command(
 
 def parse_ids(ids: str | Sequence[int]) -> list[int]:
     """'0,5,-1' or a sequence of integers, as a list."""
-    parts = [part for part in ids.replace(",", " ").split()] if isinstance(ids, str) else list(ids)
+    parts = ids.replace(",", " ").split() if isinstance(ids, str) else list(ids)
     try:
         return [int(part) for part in parts]
     except ValueError as error:

@@ -4,9 +4,9 @@
     address_BTC = on_gpu(ids_BT, previous_BP=previous_BP)       # int64 [B, T, C]
     on_gpu.check(ids_BT)                                        # separate: it waits for the device
 
-Calls have no data-dependent branch and no synchronisation, so torch.compile(fullgraph=True) traces them and a CUDA graph
-captures them. They therefore do not check ids: an id outside the vocabulary gives an address inside the table that means
-nothing. Check with `check`, once, where ids enter.
+Calls have no data-dependent branch and no synchronisation, so torch.compile(fullgraph=True) traces them and a CUDA
+graph captures them. They therefore do not check ids: an id outside the vocabulary gives an address in the table that
+means nothing. Check with `check`, once, where ids enter.
 
 This is not a Module: there is nothing to train, save or cast. Dimension letters as in `plain`.
 """
@@ -46,7 +46,7 @@ class DeviceAddresses:
         starts_BT: torch.Tensor | None = None,
         mask_BT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Row addresses int64 [B, T, C] of integer ids [B, T] (or [T, C] of [T]); arguments as `AddressScheme.addresses`."""
+        """Row addresses int64 [B, T, C] of integer ids [B, T], or [T, C] of [T]; as `AddressScheme.addresses`."""
         if ids_BT.ndim == 1:
             rows = (None if each is None else each[None] for each in (previous_BP, starts_BT, mask_BT))
             return self._addresses(ids_BT[None], *rows)[0]

@@ -1,8 +1,8 @@
 """The identity of an address scheme: a content hash of everything that changes an address or its meaning.
 
 Two tokenizers can have equal compressed sizes and different maps, and two schemes equal row counts and different
-multipliers. A table read with the wrong one gives wrong rows and no error, so every table, checkpoint and overlay stores
-the identity it was made with, and loading compares:
+multipliers. A table read with the wrong one gives wrong rows and no error, so every table, checkpoint and overlay
+stores the identity it was made with, and loading compares:
 
     scheme.identity.hash                                        # sha256 over canonical JSON, 64 hex digits
     Identity.from_json(stored).require_equal(scheme.identity, where="rows.tbl")

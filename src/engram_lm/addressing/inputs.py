@@ -46,8 +46,8 @@ def prepare(ids: Any, previous: Any, starts: Any, mask: Any, *, max_order: int) 
             or previous_BP.shape[1] >= max_order
         ):
             raise TokenIdError(
-                f"previous ids have shape {np.shape(previous)} beside ids of shape {np.shape(ids)}; wanted the same batch "
-                f"and at most {max_order - 1} ids, the last ones before this chunk."
+                f"previous ids have shape {np.shape(previous)} beside ids of shape {np.shape(ids)}; wanted "
+                f"the same batch and at most {max_order - 1} ids, the last ones before this chunk."
             )
     starts_BT = _NO_MARKS if starts is None else _marks(starts, "starts", ids, one_dimensional)
     mask_BT = _NO_MARKS if mask is None else _marks(mask, "mask", ids, one_dimensional)

@@ -34,13 +34,14 @@ def addresses(
     values = looked_back(scheme, inputs)
     columns = []
     for order in scheme.profile.orders:
+        # All heads of one order share the mix.
+        mix_BT = None if scheme.is_polynomial else mix(values[:order], scheme.multipliers)
         for _ in range(scheme.profile.heads):
             modulus, offset = scheme.moduli[len(columns)], scheme.offsets[len(columns)]
-            if scheme.is_polynomial:
-                remainder_BT = polynomial(values[:order], scheme.vocab_size, modulus)
+            if mix_BT is None:
+                columns.append(polynomial(values[:order], scheme.vocab_size, modulus) + offset)
             else:
-                remainder_BT = mix(values[:order], scheme.multipliers) % modulus
-            columns.append(remainder_BT + offset)
+                columns.append(mix_BT % modulus + offset)
     address_BTC = np.stack(columns, axis=-1)
     return address_BTC[0] if inputs.one_dimensional else address_BTC
 
@@ -93,7 +94,7 @@ def polynomial(values: list[np.ndarray], base: int, modulus: int) -> np.ndarray:
 
 
 def carry(scheme: "AddressScheme", inputs: Inputs) -> np.ndarray:
-    """The `previous` of the next chunk, int64 [B, H]: the last ids, DEAD where there is no token or a document ended."""
+    """The `previous` of the next chunk, int64 [B, H]: the last ids, DEAD where nothing may be seen."""
     reach = scheme.max_order - 1
     ids_BT = np.where(inputs.mask_BT, inputs.ids_BT, DEAD) if inputs.mask_BT.size else inputs.ids_BT
     B, T = ids_BT.shape

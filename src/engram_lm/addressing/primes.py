@@ -4,8 +4,8 @@ All heads of one order share the mix and differ by modulus alone, so no two head
 (arXiv 2601.07372 §2.2; released code of the paper, of DeepSeek-V4.1 and of Qwen4-Exp).
 
 The released codes say it differently: the paper keeps one set of seen primes and restarts each order at
-`rows_per_head - 1`; Qwen takes the n-th prime after `rows_per_head - 1`, n being the head's number over all layers. With
-one `rows_per_head` both deal the same sequence: the primes from `rows_per_head` upwards, each once.
+`rows_per_head - 1`; Qwen takes the n-th prime after `rows_per_head - 1`, n being the head's number over all layers.
+With one `rows_per_head` both deal the same sequence: the primes from `rows_per_head` upwards, each once.
 """
 
 from collections.abc import Iterator

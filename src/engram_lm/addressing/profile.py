@@ -119,8 +119,8 @@ class Profile:
         object.__setattr__(self, "stop", tuple(stop for stop in _STOPS if stop in self.stop))
         if (self.multipliers == "polynomial") != (self.fill == "zero"):
             raise ConfigError(
-                f"Profile.fill is {self.fill!r} with multipliers {self.multipliers!r}. Missing terms of a polynomial are "
-                "0, and in a mix 0 is a token: use fill='zero' with 'polynomial' and only there."
+                f"Profile.fill is {self.fill!r} with multipliers {self.multipliers!r}. Missing terms of a polynomial "
+                "are 0, and in a mix 0 is a token: use fill='zero' with 'polynomial' and only there."
             )
         if self.multipliers == "polynomial" and self.seed:
             raise ConfigError(f"Profile.seed is {self.seed}, but a polynomial draws nothing. Leave it at 0.")

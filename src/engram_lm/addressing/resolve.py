@@ -1,4 +1,4 @@
-"""From a profile to the schemes of a model: multipliers, moduli and offsets of every memory layer, and their identities.
+"""From a profile to the schemes of a model: multipliers, moduli, offsets and identity of every memory layer.
 
 Constants follow arXiv 2601.07372 and the released code of each family:
 
@@ -41,8 +41,8 @@ def resolve(
 ) -> tuple[AddressScheme, ...]:
     """The schemes of all memory layers of one model. Together, because moduli are distinct over layers.
 
-    vocab_size: ids hashed, so the compressed size where the profile hashes canonical ids. fill_id: the pad id (canonical
-    where the ids are) for fill "pad"; for "eos" and "zero" it follows, and if given has to agree.
+    vocab_size: ids hashed, so the compressed size where the profile hashes canonical ids. fill_id: the pad id
+    (canonical where the ids are) for fill "pad"; for "eos" and "zero" it follows, and if given has to agree.
     """
     if rows_per_head is not None:
         profile = profile.replace(rows_per_head=rows_per_head)
@@ -168,7 +168,8 @@ def _fill_id(profile: Profile, fill_id: int | None, eos_ids: tuple[int, ...], vo
         )
     if fill_id is not None and fill_id != implied:
         raise ConfigError(
-            f"fill_id is {fill_id}, but profile {profile.name!r} fills with {profile.fill!r}, that is {implied}. Leave it out."
+            f"fill_id is {fill_id}, but profile {profile.name!r} fills with {profile.fill!r}, "
+            f"that is {implied}. Leave it out."
         )
     return int(implied)
 

@@ -5,8 +5,8 @@
     address_BTC = layer_1.addresses(ids_BT)                       # int64 rows of one table, [batch, token, column]
     layer_1.addresses(next_BT, previous_BP=layer_1.carry(ids_BT))   # the same as in one piece
 
-Addresses depend on token ids alone, and of these on max_order - 1 before each token: rows can be fetched long before the
-layer needs them. Nothing here keeps state. `plain` is the readable twin, `device` the torch form,
+Addresses depend on token ids alone, and of these on max_order - 1 before each token: rows can be fetched long before
+the layer needs them. Nothing here keeps state. `plain` is the readable twin, `device` the torch form,
 `resolve` makes schemes.
 """
 
