@@ -1,3 +1,42 @@
-"""Engram: memory for language models that is looked up, not computed."""
+"""Engram: memory for language models that is looked up, not computed.
+
+    import engram_lm
+    model = engram_lm.attach(model, tokenizer, engram_lm.MemoryConfig(layers=(1, 5)))
+
+Names load what they need when first used; `import engram_lm` alone imports neither torch nor numba.
+"""
+
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "MemoryConfig": "config",
+    "TokenMap": "vocab",
+    "Identity": "addressing",
+    "PROFILES": "addressing",
+    "Profile": "addressing",
+    "resolve": "addressing",
+    "attach": "attachment",
+    "detach": "attachment",
+    "from_pretrained": "attachment",
+    "memories": "attachment",
+    "memory_off": "attachment",
+    "save_memory": "attachment",
+    "trace": "attachment",
+    "MemoryTrainer": "train.trainer",
+    "load_base": "train.base",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engram_lm' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"engram_lm.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

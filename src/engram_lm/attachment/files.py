@@ -1,0 +1,285 @@
+"""A memory on disk: a directory that says what it belongs to and refuses to be read as anything else.
+
+    DIR/memory.json                  format, version, save id, base, and for every memory its config, identities and files
+        memory.safetensors           projections, norms, convs, handles
+        tokens-NAME.bin              the token map
+        rows-NAME-BLOCK.safetensors  the rows of one table
+        state-NAME-BLOCK.safetensors row-optimizer state (checkpoints only)
+        tokenizer files, README.md   what `AutoTokenizer` reads, and a card
+        base/ or adapter/            the base model where it was trained too, or its LoRA adapter
+
+Every file is written beside its target and moved into place, memory.json last; all carry one save id, so that a directory
+with files of two saves is refused. Loading compares address identities, sizes, and the base's fingerprint.
+"""
+
+import json
+import os
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engram_lm.addressing import Identity
+from engram_lm.config import MemoryConfig
+from engram_lm.errors import CheckpointError, IdentityError
+from engram_lm.train.base import BaseRef, fingerprint_of, load_base, quiet_libraries, require_base
+from engram_lm.vocab import TokenMap
+
+FORMAT, VERSION = "engram-lm memory", 1
+MANIFEST = "memory.json"
+
+BaseFiles = Literal["auto", "always", "never"]
+
+
+def save_memory(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    tokenizer: Any = None,
+    base_files: BaseFiles = "auto",
+    row_dtype: torch.dtype | None = None,
+    row_state: bool = False,
+) -> Path:
+    """Write every memory of `model`; the base's weights only where they are not what the memory was attached to.
+
+    Args:
+        tokenizer: default the one the memory was attached with.
+        base_files: "auto" saves the base when it was trained or came from a scratch recipe, "never" refers to it by name.
+        row_dtype: store rows as bfloat16 or float16 (they load into the config's row_dtype); default as they are.
+        row_state: also write the row optimizers' state, for training to go on.
+    """
+    from engram_lm.attachment import _runtime
+
+    runtime = _runtime(model)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_id = secrets.token_hex(8)
+    marks = {"save_id": save_id, "format": FORMAT}
+    waiting: list[tuple[Path, Path]] = []
+
+    def put(name: str, tensors: dict[str, Tensor], **more: str) -> None:
+        target = directory / name
+        beside = directory / f".{name}.{save_id}"
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, metadata={**marks, **more})
+        waiting.append((beside, target))
+
+    try:
+        entries, parameters = [], {}
+        for memory in runtime.memories.values():
+            tables = []
+            for index, slot in enumerate(memory.slots):
+                parameters |= {f"{memory.name}.{index}.{k}": v for k, v in slot.state_dict().items()}
+                tensors = slot.table.checkpoint()
+                identity, stem = slot.scheme.identity, f"{memory.name}-{slot.block}"
+                rows = tensors.pop("rows")
+                put(f"rows-{stem}.safetensors", {"rows": rows.to(row_dtype or rows.dtype)}, identity=identity.hash)
+                if row_state and tensors:
+                    put(f"state-{stem}.safetensors", tensors, rule=json.dumps(slot.table.gradients.rule.to_json()))
+                tables.append(
+                    {
+                        "block": slot.block,
+                        "rows": slot.table.n_rows,
+                        "width": slot.table.width,
+                        "updates": slot.table.gradients.updates,
+                        "identity": identity.hash,
+                        "identity_facts": json.loads(identity.json),
+                    }
+                )
+            beside = directory / f".tokens-{memory.name}.bin.{save_id}"
+            memory.token_map.save(beside)
+            waiting.append((beside, directory / f"tokens-{memory.name}.bin"))
+            entries.append({"config": memory.config.to_json(), "tables": tables})
+        put("memory.safetensors", parameters)
+        kept = _save_base(model, directory, runtime.base, base_files)
+        tokenizer = tokenizer if tokenizer is not None else runtime.tokenizer
+        if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(directory)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "save_id": save_id,
+            "base": asdict(runtime.base),
+            "base_files": kept,
+            "memories": entries,
+        }
+        beside = directory / f".{MANIFEST}.{save_id}"
+        beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")
+        waiting.append((beside, directory / MANIFEST))
+        for path, _ in waiting:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    except BaseException:
+        for path, _ in waiting:
+            path.unlink(missing_ok=True)
+        raise
+    for path, target in waiting:
+        os.replace(path, target)
+    (directory / "README.md").write_text(_card(manifest), encoding="utf8")
+    return directory
+
+
+def from_pretrained(
+    directory: str | os.PathLike, *, base: nn.Module | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The model with its memory, in eval mode.
+
+    Args:
+        base: the base model, when it is already in memory; otherwise it is loaded by the name in memory.json.
+        dtype: of the base and the memory's parameters; rows keep the config's row_dtype.
+
+    Raises: CheckpointError for files that are missing, mixed or cut short, IdentityError for another base or addresses.
+    """
+    from engram_lm.attachment import attach
+
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    ref = BaseRef(**manifest["base"])
+    kept = manifest["base_files"]
+    if base is None:
+        name = str(directory / "base") if kept == "base" else ref.name
+        base = load_base(name, dtype=dtype, report=lambda line: None).model
+    if kept != "base":
+        require_base(base, ref=ref)
+    if kept == "adapter":
+        from peft import PeftModel
+
+        base = PeftModel.from_pretrained(base, str(directory / "adapter"))
+    tokenizer = _tokenizer(directory)
+    for entry in manifest["memories"]:
+        config = MemoryConfig.from_json(entry["config"])
+        token_map = TokenMap.load(directory / f"tokens-{config.name}.bin")
+        attach(base, tokenizer, config, token_map=token_map, base=ref)
+    load_memory(base, directory)
+    return base.eval()
+
+
+def load_memory(model: nn.Module, directory: str | os.PathLike, *, row_state: bool = False) -> None:
+    """Fill the memories already on `model` from `directory`. Nothing changes unless everything fits.
+
+    row_state: also restore the row optimizers' state, as a checkpoint that training goes on from needs.
+    """
+    from engram_lm.attachment import _runtime
+
+    runtime = _runtime(model)
+    directory = Path(directory)
+    manifest = read_manifest(directory)
+    saved = {entry["config"]["name"]: entry for entry in manifest["memories"]}
+    if set(saved) != set(runtime.memories):
+        raise CheckpointError(
+            f"{directory} holds the memories {sorted(saved)}; the model has {sorted(runtime.memories)}."
+        )
+    parameters = _read(directory / "memory.safetensors", manifest["save_id"])
+    fill = []
+    for name, memory in runtime.memories.items():
+        for index, (slot, entry) in enumerate(zip(memory.slots, saved[name]["tables"], strict=True)):
+            where = f"{directory} (memory {name!r}, block {entry['block']})"
+            slot.scheme.identity.require_equal(Identity(entry["identity_facts"]), where=where)
+            stem = f"{name}-{entry['block']}.safetensors"
+            rows = _read(directory / f"rows-{stem}", manifest["save_id"], identity=entry["identity"])
+            if rows["rows"].shape != (slot.table.n_rows, slot.table.width):
+                raise CheckpointError(
+                    f"{where}: the rows are {tuple(rows['rows'].shape)}; the model's table is "
+                    f"{(slot.table.n_rows, slot.table.width)}. Attach with the same rows_per_head and head_width."
+                )
+            state_file = directory / f"state-{stem}"
+            if row_state and state_file.exists():
+                rows |= _read(state_file, manifest["save_id"])
+            prefix = f"{name}.{index}."
+            weights = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
+            wanted = slot.state_dict()
+            if set(weights) != set(wanted) or any(weights[k].shape != wanted[k].shape for k in wanted):
+                raise CheckpointError(f"{where}: memory.safetensors does not hold this layer's parameters.")
+            fill.append((slot, weights, rows, entry["updates"]))
+    for slot, weights, rows, updates in fill:
+        slot.load_state_dict(weights)
+        slot.table.restore(rows)
+        slot.table.gradients.set_updates(updates)
+
+
+def save_pretrained(model: nn.Module, save_directory: str | os.PathLike, **options: Any) -> None:
+    """What `model.save_pretrained` does while memory is attached: `save_memory`, the base's files included when trained.
+
+    Takes transformers' own options where they mean something here (`tokenizer`), and ignores `state_dict`,
+    `safe_serialization` and `is_main_process`, which Trainer passes.
+    """
+    if options.pop("is_main_process", True):
+        save_memory(model, save_directory, tokenizer=options.get("tokenizer"))
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """memory.json, checked. CheckpointError when there is none, or it is of another format or a later version."""
+    path = directory / MANIFEST
+    if not path.exists():
+        raise CheckpointError(f"{directory} holds no memory: {MANIFEST} is missing.")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf8"))
+        form, version = manifest["format"], manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if form != FORMAT or version != VERSION:
+        raise CheckpointError(
+            f"{path} has format {form!r} version {version}; this build reads {FORMAT!r} version {VERSION}."
+        )
+    return manifest
+
+
+def _read(path: Path, save_id: str, *, identity: str | None = None) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            marks = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from None
+    if marks.get("save_id") != save_id:
+        raise CheckpointError(f"{path} belongs to another save than {MANIFEST}; copy the directory again, whole.")
+    if identity is not None and marks.get("identity") != identity:
+        raise IdentityError(f"{path} has identity {marks.get('identity')}; {MANIFEST} says {identity}.")
+    return tensors
+
+
+def _save_base(model: nn.Module, directory: Path, ref: BaseRef, base_files: BaseFiles) -> str | None:
+    if hasattr(model, "peft_config"):
+        type(model).save_pretrained(model, directory / "adapter")
+        return "adapter"
+    changed = ref.kind == "scratch" or not ref.name or fingerprint_of(model) != ref.sha256
+    if base_files == "never" and changed:
+        raise CheckpointError('The base model was trained, so its weights must be saved: use base_files="auto".')
+    if base_files == "always" or changed:
+        state = {name: tensor for name, tensor in model.state_dict().items() if ".engram." not in f".{name}"}
+        with quiet_libraries():
+            type(model).save_pretrained(model, directory / "base", state_dict=state)
+        return "base"
+    return None
+
+
+def _tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except (OSError, ValueError):
+        raise CheckpointError(f"{directory} holds no tokenizer; it belongs to the memory.") from None
+
+
+def _card(manifest: dict[str, Any]) -> str:
+    lines = ["---", "library_name: engram-lm", f"base_model: {manifest['base']['name']}", "---", "", "# Engram memory", ""]
+    lines += [f"Conditional memory for `{manifest['base']['name']}` (weights {manifest['base']['sha256'][:12]}).", ""]
+    lines += ["| memory | block | rows | width | row updates | identity |", "|---|---|---|---|---|---|"]
+    for entry in manifest["memories"]:
+        for table in entry["tables"]:
+            lines.append(
+                f"| {entry['config']['name']} | {table['block']} | {table['rows']:,} | {table['width']} | "
+                f"{table['updates']:,} | `{table['identity'][:12]}` |"
+            )
+    lines += ["", "```python", "import engram_lm", "model = engram_lm.from_pretrained(DIRECTORY)", "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,292 @@
+"""One forward of a model with memory: from the ids the decoder was called with to what each block's slot adds.
+
+    decoder(input_ids, attention_mask, position_ids, past_key_values)
+      before the decoder:  mask, documents, decoding state -> Window -> addresses of every slot of every memory
+      before each block:   rows, gate, conv -> hidden + delta
+      after the decoder:   a cache that the decoder made for itself gets its memory state
+
+The call travels as a keyword argument from the decoder to its blocks, so that nothing of one forward is kept where
+another could find it. Hooks are bound methods of objects, so that a deep copy of the model is a working copy.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from engram_lm.attachment.memory import Memory, MemorySlot
+from engram_lm.attachment.structure import Decoder
+from engram_lm.errors import ConfigError, ModelError, RowUpdateError, StateError
+from engram_lm.nn import MemoryState, Window
+from engram_lm.nn.cache import find_state, state_of
+from engram_lm.traces import LayerTrace
+
+CALL = "engram_call"  # the keyword that carries a MemoryCall to the blocks
+
+
+class MemoryCall:
+    """What one forward of the decoder needs at its blocks."""
+
+    def __init__(self, window: Window, addresses: dict[str, list[Tensor]]) -> None:
+        self.window, self.addresses = window, addresses
+
+
+class MemoryRuntime:
+    """The memories of one model and the hooks that run them."""
+
+    def __init__(self, decoder: Decoder, *, base: Any, tokenizer: Any) -> None:
+        self.base, self.tokenizer = base, tokenizer
+        self.decoder_class = type(decoder.module).__name__
+        self.n_blocks = len(decoder.blocks)
+        self.default_use_cache = bool(getattr(decoder.module.config, "use_cache", False))
+        self.memories: dict[str, Memory] = {}
+        self.sink: list[LayerTrace] | None = None
+        self.handles: list[Any] = [
+            decoder.module.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
+            decoder.module.register_forward_hook(self.after_decoder, with_kwargs=True),
+        ]
+        for index, block in enumerate(decoder.blocks):
+            hook = _BlockHook(self, index)
+            self.handles.append(block.register_forward_pre_hook(hook.before_block, with_kwargs=True))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    # ---- before the decoder -------------------------------------------------------------------------------------
+
+    def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        switch = kwargs.pop("memory", "on")
+        given_ids = kwargs.pop("memory_ids", None)
+        if switch not in ("on", "off"):
+            raise ConfigError(f'memory is "on" or "off"; got {switch!r}.')
+        active = [memory for memory in self.memories.values() if memory.enabled]
+        if switch == "off" or not active:
+            return args, {**kwargs, CALL: None}
+        ids_BT = _ids(args, kwargs, given_ids)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, EncoderDecoderCache) or (cache is not None and not isinstance(cache, Cache)):
+            raise StateError(f"Memory keeps its state in a transformers Cache; got {type(cache).__name__}.")
+        use_cache = kwargs.get("use_cache")
+        use_cache = self.default_use_cache if use_cache is None else use_cache
+        keep = max(memory.keep for memory in active)
+        past = 0 if cache is None else cache.get_seq_length()
+        real_BT = _real(kwargs.get("attention_mask"), ids_BT, past)
+        starts_BT = _starts(kwargs, ids_BT, real_BT, use_cache=bool(use_cache) or cache is not None)
+        state = None
+        if cache is not None:
+            state = state_of(cache, n_layers=self.n_blocks, keep=keep)
+        elif use_cache:
+            # the decoder is about to make a cache of its own kind; `after_decoder` puts this state into it
+            state = MemoryState(keep=keep, fixed=False)
+        window = Window.begin(ids_BT, real_BT, starts_BT=starts_BT, state=state, keep=keep)
+        addresses = {memory.name: memory.addresses(window) for memory in active}
+        return args, {**kwargs, CALL: MemoryCall(window, addresses)}
+
+    def after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        call = kwargs.get(CALL)
+        if call is None or call.window.state is None or kwargs.get("past_key_values") is not None:
+            return output
+        values = output if isinstance(output, tuple) else output.values()
+        for value in values:
+            if isinstance(value, Cache) and find_state(value) is None:
+                value.layers.append(call.window.state)
+        return output
+
+    # ---- before a block -----------------------------------------------------------------------------------------
+
+    def add_to(self, hidden: Tensor, call: MemoryCall, block: int) -> Tensor:
+        """hidden plus what every memory at this block adds."""
+        for name, addresses in call.addresses.items():
+            memory = self.memories[name]
+            for slot, address_BTC in zip(memory.slots, addresses, strict=True):
+                if slot.block == block:
+                    hidden = self._slot(memory, slot, hidden, address_BTC, call.window)
+        return hidden
+
+    def _slot(
+        self, memory: Memory, slot: MemorySlot, hidden: Tensor, address_BTC: Tensor, window: Window
+    ) -> Tensor:
+        if not torch.compiler.is_compiling():
+            learning = torch.is_grad_enabled() and slot.handle.requires_grad
+            slot.table.gradients.check(slot.handle, training=learning)
+            if learning and slot.training:
+                _refuse_distributed(slot)
+        rows_BTCW = slot.table.read(address_BTC, slot.handle).to(hidden.device)
+        output = slot(hidden, rows_BTCW.flatten(2), window, key=(memory.name, slot.block))
+        if self.sink is not None and not torch.compiler.is_compiling():
+            self.sink.append(_record(memory, slot, hidden, address_BTC, rows_BTCW, output, window))
+        return hidden + output.delta
+
+
+class _BlockHook:
+    """The pre-hook of one block. An object, so that deep copies of the model carry copies of it."""
+
+    def __init__(self, runtime: MemoryRuntime, index: int) -> None:
+        self.runtime, self.index = runtime, index
+
+    def before_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if CALL not in kwargs:
+            raise ModelError(
+                f"{self.runtime.decoder_class} does not pass keyword arguments on to its blocks, so memory cannot reach "
+                "them. This architecture is not supported."
+            )
+        kwargs = dict(kwargs)
+        call = kwargs.pop(CALL)
+        if call is None:
+            return args, kwargs
+        if args:
+            return (self.runtime.add_to(args[0], call, self.index), *args[1:]), kwargs
+        kwargs["hidden_states"] = self.runtime.add_to(kwargs["hidden_states"], call, self.index)
+        return args, kwargs
+
+
+def _refuse_distributed(slot: MemorySlot) -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise RowUpdateError(
+            "Rows train in one process: DDP, FSDP and other torch.distributed training are not supported yet, because "
+            "row gradients would not be summed over ranks. Freeze the rows with handle.requires_grad_(False), or use one rank."
+        )
+    if slot.handle.dtype == torch.float16:
+        raise RowUpdateError("Rows do not train under float16 weights; use float32 or bfloat16.")
+
+
+# ---- reading the decoder's arguments ---------------------------------------------------------------------------------
+
+
+def _ids(args: tuple, kwargs: dict, given_ids: Tensor | None) -> Tensor:
+    ids = kwargs.get("input_ids")
+    if ids is None and args:
+        ids = args[0]
+    if given_ids is not None:
+        if ids is not None:
+            raise ModelError("memory_ids goes with inputs_embeds; input_ids are the ids already.")
+        ids = given_ids
+    if ids is None:
+        raise ModelError(
+            "Memory is addressed by token ids, and this call has inputs_embeds without ids. Pass input_ids, add "
+            'memory_ids=ids of the same length, or call with memory="off".'
+        )
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is not None and embeds.shape[:2] != ids.shape:
+        raise ModelError(f"memory_ids has shape {tuple(ids.shape)}; inputs_embeds has {tuple(embeds.shape[:2])} tokens.")
+    return ids
+
+
+def _real(mask: Any, ids_BT: Tensor, past: Any) -> Tensor | None:
+    """True where a place of the chunk is a token: bool [B, T]; None when all are."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return None
+    n_chunk = ids_BT.shape[1]
+    if mask.dim() == 2:
+        real_BT = mask[:, -n_chunk:].bool()
+        if not isinstance(past, Tensor) and mask.shape[1] > past + n_chunk:
+            real_BT = mask[:, past : past + n_chunk].bool()
+    elif mask.dim() == 4:
+        # a query that may not see its own place is padding; the own column of query t is past + t
+        own_T = torch.arange(n_chunk, device=mask.device) + past
+        if mask.shape[-1] < n_chunk or (not isinstance(past, Tensor) and past + n_chunk > mask.shape[-1]):
+            own_T = torch.arange(n_chunk, device=mask.device) + (mask.shape[-1] - n_chunk)
+        index = own_T[None, :, None].expand(mask.shape[0], -1, 1)
+        own_BT = mask[:, 0].gather(2, index)[..., 0]
+        real_BT = own_BT if own_BT.dtype == torch.bool else own_BT == 0
+    else:
+        raise ModelError(f"attention_mask has {mask.dim()} dimensions; memory reads padding from 2 or 4.")
+    real_BT = real_BT.to(ids_BT.device).expand(ids_BT.shape)
+    if not torch.compiler.is_compiling() and bool(real_BT.all()):
+        return None
+    return real_BT
+
+
+def _starts(kwargs: dict, ids_BT: Tensor, real_BT: Tensor | None, *, use_cache: bool) -> Tensor | None:
+    """True at the first token of each packed document, from positions that restart: bool [B, T] or None.
+
+    transformers keeps documents apart when there is neither a mask nor a cache. Where positions restart and it does not,
+    its answer mixes documents, and this raises.
+    """
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None or ids_BT.shape[1] < 2:
+        return None
+    if position_ids.dim() == 3:
+        position_ids = position_ids[0]
+    position_BT = position_ids.expand(ids_BT.shape)
+    isolated = kwargs.get("attention_mask") is None and not use_cache
+    if isolated:
+        jump_BT = position_BT[:, 1:] != position_BT[:, :-1] + 1
+        if not torch.compiler.is_compiling() and not bool(jump_BT.any()):
+            return None
+        return torch.cat([torch.ones_like(jump_BT[:, :1]), jump_BT], 1)
+    if torch.compiler.is_compiling():
+        return None
+    restart_BT = (position_BT[:, 1:] == 0) & (position_BT[:, :-1] >= 0)
+    if real_BT is not None:
+        restart_BT = restart_BT & real_BT[:, 1:] & real_BT[:, :-1]
+    if bool(restart_BT.any()):
+        raise StateError(
+            "position_ids restart inside a sequence (packed documents), but transformers keeps documents apart only without "
+            "attention_mask and with use_cache=False. Pass both that way."
+        )
+    return None
+
+
+# ---- trace -----------------------------------------------------------------------------------------------------------
+
+
+def _record(
+    memory: Memory, slot: MemorySlot, hidden: Tensor, address_BTC: Tensor, rows_BTCW: Tensor, output: Any, window: Window
+) -> LayerTrace:
+    batch, n_tokens = address_BTC.shape[:2]
+    ids_BT = window.chunk_of(window.ids_BS).cpu()
+    streams = (batch, n_tokens, slot.branches, slot.hidden_size)
+    size = output.delta.reshape(streams).float().norm(dim=-1)
+    against = hidden.reshape(streams).float().norm(dim=-1).clamp_min(1e-12)
+    seen_BS = _seen(window, slot)
+    return LayerTrace(
+        memory=memory.name,
+        block=slot.block,
+        orders=slot.scheme.profile.orders,
+        heads=slot.scheme.profile.heads,
+        token_ids=ids_BT.numpy(),
+        canonical_ids=memory.canonical(ids_BT),
+        ngrams=np.stack([np.minimum(seen_BS, order) for order in slot.scheme.profile.orders], -1),
+        address=address_BTC.cpu().numpy(),
+        gate=output.gate.detach().float().cpu().numpy(),
+        row_norm=rows_BTCW.detach().float().norm(dim=-1).cpu().numpy(),
+        value_norm=output.value_norm.detach().float().norm(dim=-1).cpu().numpy(),
+        share=(size / against).detach().cpu().numpy(),
+    )
+
+
+def _seen(window: Window, slot: MemorySlot) -> np.ndarray:
+    """How many tokens back-to-back end at each token of the chunk, up to the highest order: int64 [B, T]."""
+    scheme = slot.scheme
+    ids_BS = window.ids_BS.cpu()
+    open_BS = (ids_BS >= 0).numpy()
+    stop_BS = np.isin(ids_BS.numpy(), scheme.eos_ids) if scheme.profile.id_space == "raw" else np.zeros_like(open_BS)
+    if window.starts_BT is not None:
+        start_BS = window.starts_BT.cpu().numpy()
+    else:
+        start_BS = np.zeros_like(open_BS)
+    seen_BS = np.zeros(open_BS.shape, dtype=np.int64)
+    for s in range(open_BS.shape[1]):
+        before = seen_BS[:, s - 1] * ~stop_BS[:, s - 1] if s else 0
+        seen_BS[:, s] = np.where(open_BS[:, s], 1 + np.where(start_BS[:, s], 0, before), 0)
+    seen_BS = np.minimum(seen_BS, scheme.max_order)
+    return window.chunk_of(torch.from_numpy(seen_BS)).numpy()
+
+
+@contextlib.contextmanager
+def recording(runtime: MemoryRuntime) -> Iterator[list[LayerTrace]]:
+    """Collect a LayerTrace of every slot of every forward inside the block."""
+    before, runtime.sink = runtime.sink, []
+    try:
+        yield runtime.sink
+    finally:
+        runtime.sink = before
