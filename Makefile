@@ -12,7 +12,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
     && { echo $$python; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint bench-core demo
+.PHONY: help setup test test-all lint types bench-core demo
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,10 +37,12 @@ test: setup ## the fast set, about a minute on two cores
 test-all: setup ## everything but benchmarks: the fast set, the slow one, and what needs a package registry
 	$(BIN)/python -m pytest -q -m "not bench"
 
-lint: setup ## ruff, import directions, types
+lint: setup ## ruff and import directions
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+
+types: setup ## pyrefly; not part of lint, as attributes of torch modules are beyond it
 	$(BIN)/pyrefly check
 
 bench-core: setup ## time the core on one thread; the last line is JSON
