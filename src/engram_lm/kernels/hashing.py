@@ -34,7 +34,7 @@ _ROUND = 1.5 * 2.0**52
 _ROUND_BITS = int(np.float64(_ROUND).view(np.int64))
 # Tokens per block: the mixes of a block stay in the first-level cache.
 _BLOCK = 32
-# Columns that one mix is stored to at a time.
+# Columns that one mix is stored to at a time; `_mixes` is written for 8.
 _GROUP = 8
 
 
@@ -105,16 +105,24 @@ def _mixes(history_X, reach_K, n_tokens, multipliers_N, heads_N, fill, mix_NK, m
         for k in range(n_tokens):
             x = earlier_X[k] if d <= reach_K[k] else fill
             mix_NK[d, k] = mix_NK[d - 1, k] ^ (x * m)
-    # Groups of constant length become vector stores; what runs over is overwritten by the next order or token.
-    f = 0
+    # Eight equal stores become two vector stores; what runs over is overwritten by the next order or token. Unsigned
+    # positions and no inner loop: numba's treatment of negative indices would cost a fifth of the whole kernel here.
+    start = np.uint64(0)
     for k in range(n_tokens):
         for d in range(N):
-            mix = mix_NK[d, k]
-            for group in range(f, f + heads_N[d], _GROUP):
-                group_G = mix_F[group : group + _GROUP]
-                for h in range(_GROUP):
-                    group_G[h] = mix
-            f += heads_N[d]
+            mix, end = mix_NK[d, k], start + np.uint64(heads_N[d])
+            f = start
+            while f < end:
+                mix_F[f] = mix
+                mix_F[f + np.uint64(1)] = mix
+                mix_F[f + np.uint64(2)] = mix
+                mix_F[f + np.uint64(3)] = mix
+                mix_F[f + np.uint64(4)] = mix
+                mix_F[f + np.uint64(5)] = mix
+                mix_F[f + np.uint64(6)] = mix
+                mix_F[f + np.uint64(7)] = mix
+                f += np.uint64(_GROUP)
+            start = end
 
 
 @_compile
