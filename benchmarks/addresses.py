@@ -39,15 +39,18 @@ def main(tokens: int = 16_384, repeats: int = 41) -> None:
     on_torch = [DeviceAddresses(scheme) for scheme in schemes]
     ids_BT = np.random.default_rng(0).integers(0, facts.vocab_size, (1, tokens))
     tensor_BT = torch.from_numpy(ids_BT)
+    outs = [np.empty((1, tokens, scheme.columns), dtype=np.int64) for scheme in schemes]
     one, previous = ids_BT[:, :1].copy(), ids_BT[:, 1:4].copy()
     paths = {
         "numpy": lambda: [plain.addresses(scheme, ids_BT) for scheme in schemes],
         "numba": lambda: [scheme.addresses(ids_BT) for scheme in schemes],
+        "numba into out": lambda: [
+            scheme.addresses(ids_BT, out_BTC=out) for scheme, out in zip(schemes, outs, strict=True)
+        ],
         "torch": lambda: [addresses(tensor_BT) for addresses in on_torch],
     }
     answers = {name: np.stack([np.asarray(part) for part in path()]) for name, path in paths.items()}
-    assert (answers["numpy"] == answers["numba"]).all()
-    assert (answers["numpy"] == answers["torch"]).all()
+    assert all((answers["numpy"] == answer).all() for answer in answers.values())
 
     seconds = {name: [] for name in paths}
     for _ in range(repeats):
@@ -65,8 +68,8 @@ def main(tokens: int = 16_384, repeats: int = 41) -> None:
     ns = {name: np.percentile(times, [50, 5, 95]) / count * 1e9 for name, times in seconds.items()}
     for name, (median, low, high) in ns.items():
         ratio = ns["numpy"][0] / median
-        print(f"{name:6} {median:7.2f} ns/address  ({low:.2f} to {high:.2f})  {ratio:5.1f} x the NumPy twin")
-    print(f"decode {np.median(decode) * 1e6:7.1f} us for one token of one layer")
+        print(f"{name:14} {median:7.2f} ns/address  ({low:.2f} to {high:.2f})  {ratio:5.1f} x the NumPy twin")
+    print(f"decode         {np.median(decode) * 1e6:7.1f} us for one token of one layer")
     report = {
         "benchmark": "addresses",
         "tokens": tokens,

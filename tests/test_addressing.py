@@ -187,6 +187,20 @@ def test_shapes_dtypes_and_emptiness():
     np.testing.assert_array_equal(scheme.addresses(ids, mask_BT=[[1, 1, 1]]), wanted)
 
 
+def test_output_given():
+    (scheme,) = resolve(DEEPSEEK, vocab_size=99_092, layers=(1,), fill_id=2)
+    out = np.zeros((2, 3, 24), dtype=np.int64)
+    found = scheme.addresses([[7, 8, 9], [1, 2, 3]], out_BTC=out)
+    assert np.shares_memory(found, out)
+    np.testing.assert_array_equal(out, scheme.addresses([[7, 8, 9], [1, 2, 3]]))
+    assert np.shares_memory(scheme.addresses([7, 8, 9], out_BTC=out[0]), out)
+    for wrong in (out[:1], out.astype(np.int32), out[:, ::-1], out.reshape(3, 2, 24), [1]):
+        with pytest.raises(
+            ConfigError, match=r"out_BTC is .* wanted a writable contiguous int64 array of shape \(2, 3, 24"
+        ):
+            scheme.addresses([[7, 8, 9], [1, 2, 3]], out_BTC=wrong)
+
+
 def test_unchecked_and_masked_ids():
     (scheme,) = resolve(DEEPSEEK, vocab_size=99_092, layers=(1,), fill_id=2)
     # The id under a false mask is not read, whatever it is.

@@ -78,6 +78,7 @@ class AddressScheme:
         starts_BT: Any = None,
         mask_BT: Any = None,
         check: str = "raise",
+        out_BTC: np.ndarray | None = None,
     ) -> np.ndarray:
         """Row addresses of every token: int64 [B, T, C], C-contiguous; for 1-D ids [T, C].
 
@@ -85,6 +86,7 @@ class AddressScheme:
         previous_BP  up to max_order - 1 ids before this chunk, oldest first; fewer: the sequence starts there
         starts_BT    True at the first token of a document: its tokens look no further back
         mask_BT      False where there is no token, as -1; the id there is not read
+        out_BTC      where to write, for loops over long inputs: fresh memory costs as much as the addresses in it
         check        "raise" (TokenIdError names the first id outside) or "none" (ids known to be right)
         """
         from engram_lm.kernels import hashing
@@ -95,7 +97,8 @@ class AddressScheme:
         if not self._constants:
             self._constants.extend(self._kernel_constants(hashing))
         B, T = inputs.ids_BT.shape
-        address_BTC = np.empty((B, T, self.moduli.shape[0]), dtype=np.int64)
+        shape = (B, T, self.moduli.shape[0])
+        address_BTC = np.empty(shape, dtype=np.int64) if out_BTC is None else _output(out_BTC, shape)
         bad = hashing.addresses(*inputs[:4], *self._constants, check == "raise", address_BTC)
         if bad >= 0:
             refuse(inputs.ids_BT, bad, vocab_size=self.vocab_size, what="Token id")
@@ -145,3 +148,14 @@ class AddressScheme:
             hashing.two_steps(self.moduli),
             self.vocab_size,
         )
+
+
+def _output(out_BTC: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    fits = isinstance(out_BTC, np.ndarray) and out_BTC.dtype == np.int64 and out_BTC.size == np.prod(shape)
+    fits = fits and out_BTC.shape[-2:] == shape[1:] and out_BTC.flags.c_contiguous and out_BTC.flags.writeable
+    if not fits:
+        found = (
+            f"{getattr(out_BTC, 'dtype', type(out_BTC).__name__)} of shape {getattr(out_BTC, 'shape', None)}"
+        )
+        raise ConfigError(f"out_BTC is {found}; wanted a writable contiguous int64 array of shape {shape}.")
+    return out_BTC.reshape(shape)
