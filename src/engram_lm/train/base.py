@@ -80,14 +80,14 @@ def load_base(
     loaded and how long it took.
     """
     try:
-        import torch
+        import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
         raise MissingExtraError('a base needs torch and transformers: pip install "engram-lm[hf]"') from error
 
     start = time.perf_counter()
     wanted = _dtype(dtype)
-    name = str(name)
+    name, about = str(name), ""
     if not name.startswith("scratch:") and not (text_files is tokenizer is seed is None):
         raise ConfigError(f"text_files, tokenizer and seed belong to scratch: bases; {name!r} brings its own")
     with contextlib.nullcontext() if progress == "bars" else quiet_libraries():
@@ -111,9 +111,8 @@ def load_base(
     dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     report(
         f"{name}: {count / 1e6:.1f} M parameters, {dtypes}, {len(found):,} token ids"
-        f"{f' ({about})' if kind == 'scratch' else ''}, base {sha256[:12]}, {time.perf_counter() - start:.1f} s"
+        f"{about}, base {sha256[:12]}, {time.perf_counter() - start:.1f} s"
     )
-    assert isinstance(model, torch.nn.Module)
     return LoadedBase(model, found, ref)
 
 
@@ -210,7 +209,7 @@ def _scratch(recipe_name: str, text_files: Any, tokenizer: Any, seed: int) -> tu
         tokenizer, about = train_tokenizer(texts, vocab_size=recipe.vocab_size), "trained on the text files"
     else:
         tokenizer, about = byte_tokenizer(), "bytes: no text_files given"
-    return build_model(recipe, tokenizer=tokenizer, seed=seed), tokenizer, about
+    return build_model(recipe, tokenizer=tokenizer, seed=seed), tokenizer, f" ({about})"
 
 
 def _pretrained(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
