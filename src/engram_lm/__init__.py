@@ -25,11 +25,11 @@ _HOME = {
     "memory_off": "attachment",
     "save_memory": "attachment",
     "trace": "attachment",
-    "MemoryTrainer": "train.trainer",
+    "MemoryTrainer": "runs.trainer",
     "load_base": "train.base",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:

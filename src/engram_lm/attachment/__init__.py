@@ -54,7 +54,9 @@ def attach(
     decoder = find_decoder(model)
     existing = memories(model)
     if config.name in existing:
-        raise ConfigError(f"The model already has a memory named {config.name!r}; choose another name or detach it first.")
+        raise ConfigError(
+            f"The model already has a memory named {config.name!r}; choose another name or detach it first."
+        )
     like = next((p for p in decoder.module.parameters() if p.is_floating_point()), None)
     memory = build_memory(config, decoder, tokenizer, token_map=token_map, like=like)
     runtime = getattr(decoder.module, _ATTRIBUTE, None)
@@ -75,7 +77,9 @@ def detach(model: nn.Module, name: str | None = None) -> nn.Module:
     runtime = _runtime(model)
     for found in [name] if name is not None else list(runtime.memories):
         if found not in runtime.memories:
-            raise ConfigError(f"The model has no memory named {found!r}; it has {', '.join(runtime.memories) or 'none'}.")
+            raise ConfigError(
+                f"The model has no memory named {found!r}; it has {', '.join(runtime.memories) or 'none'}."
+            )
         del runtime.memories[found]
         del decoder.module.engram[found]
     if not runtime.memories:

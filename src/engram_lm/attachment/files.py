@@ -65,7 +65,9 @@ def save_memory(
     def put(name: str, tensors: dict[str, Tensor], **more: str) -> None:
         target = directory / name
         beside = directory / f".{name}.{save_id}"
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, metadata={**marks, **more})
+        save_file(
+            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, metadata={**marks, **more}
+        )
         waiting.append((beside, target))
 
     try:
@@ -77,9 +79,17 @@ def save_memory(
                 tensors = slot.table.checkpoint()
                 identity, stem = slot.scheme.identity, f"{memory.name}-{slot.block}"
                 rows = tensors.pop("rows")
-                put(f"rows-{stem}.safetensors", {"rows": rows.to(row_dtype or rows.dtype)}, identity=identity.hash)
+                put(
+                    f"rows-{stem}.safetensors",
+                    {"rows": rows.to(row_dtype or rows.dtype)},
+                    identity=identity.hash,
+                )
                 if row_state and tensors:
-                    put(f"state-{stem}.safetensors", tensors, rule=json.dumps(slot.table.gradients.rule.to_json()))
+                    put(
+                        f"state-{stem}.safetensors",
+                        tensors,
+                        rule=json.dumps(slot.table.gradients.rule.to_json()),
+                    )
                 tables.append(
                     {
                         "block": slot.block,
@@ -241,7 +251,9 @@ def _read(path: Path, save_id: str, *, identity: str | None = None) -> dict[str,
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
     if marks.get("save_id") != save_id:
-        raise CheckpointError(f"{path} belongs to another save than {MANIFEST}; copy the directory again, whole.")
+        raise CheckpointError(
+            f"{path} belongs to another save than {MANIFEST}; copy the directory again, whole."
+        )
     if identity is not None and marks.get("identity") != identity:
         raise IdentityError(f"{path} has identity {marks.get('identity')}; {MANIFEST} says {identity}.")
     return tensors
@@ -253,7 +265,9 @@ def _save_base(model: nn.Module, directory: Path, ref: BaseRef, base_files: Base
         return "adapter"
     changed = ref.kind == "scratch" or not ref.name or fingerprint_of(model) != ref.sha256
     if base_files == "never" and changed:
-        raise CheckpointError('The base model was trained, so its weights must be saved: use base_files="auto".')
+        raise CheckpointError(
+            'The base model was trained, so its weights must be saved: use base_files="auto".'
+        )
     if base_files == "always" or changed:
         state = {name: tensor for name, tensor in model.state_dict().items() if ".engram." not in f".{name}"}
         with quiet_libraries():
@@ -272,8 +286,19 @@ def _tokenizer(directory: Path) -> Any:
 
 
 def _card(manifest: dict[str, Any]) -> str:
-    lines = ["---", "library_name: engram-lm", f"base_model: {manifest['base']['name']}", "---", "", "# Engram memory", ""]
-    lines += [f"Conditional memory for `{manifest['base']['name']}` (weights {manifest['base']['sha256'][:12]}).", ""]
+    lines = [
+        "---",
+        "library_name: engram-lm",
+        f"base_model: {manifest['base']['name']}",
+        "---",
+        "",
+        "# Engram memory",
+        "",
+    ]
+    lines += [
+        f"Conditional memory for `{manifest['base']['name']}` (weights {manifest['base']['sha256'][:12]}).",
+        "",
+    ]
     lines += ["| memory | block | rows | width | row updates | identity |", "|---|---|---|---|---|---|"]
     for entry in manifest["memories"]:
         for table in entry["tables"]:

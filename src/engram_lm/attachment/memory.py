@@ -68,7 +68,13 @@ class MemorySlot(EngramLayer):
 class Memory:
     """A memory on a model; made by `attach`."""
 
-    def __init__(self, config: MemoryConfig, token_map: TokenMap, schemes: tuple[AddressScheme, ...], slots: nn.ModuleList):
+    def __init__(
+        self,
+        config: MemoryConfig,
+        token_map: TokenMap,
+        schemes: tuple[AddressScheme, ...],
+        slots: nn.ModuleList,
+    ):
         self.config, self.token_map, self.schemes, self.slots = config, token_map, schemes, slots
         self.enabled = True
         self._dead = np.array(config.dead_token_ids, dtype=np.int64)
@@ -134,13 +140,24 @@ def profile_of(config: MemoryConfig) -> Profile:
     """The profile that a config names, with the config's own values in place."""
     if isinstance(config.profile, str):
         if config.profile not in PROFILES:
-            raise ConfigError(f"Unknown profile {config.profile!r}; this build has {', '.join(sorted(PROFILES))}.")
+            raise ConfigError(
+                f"Unknown profile {config.profile!r}; this build has {', '.join(sorted(PROFILES))}."
+            )
         profile = PROFILES[config.profile]
     else:
         profile = Profile.from_dict(config.profile)
     changes = {
         field: getattr(config, field)
-        for field in ("orders", "heads", "rows_per_head", "head_width", "seed", "gate", "conv_kernel", "conv_dilation")
+        for field in (
+            "orders",
+            "heads",
+            "rows_per_head",
+            "head_width",
+            "seed",
+            "gate",
+            "conv_kernel",
+            "conv_dilation",
+        )
         if getattr(config, field) is not None
     }
     if "orders" in changes and "conv_dilation" not in changes and profile.conv_kernel:
@@ -215,7 +232,9 @@ def _raw_size(tokenizer: Any, vocab_size: int) -> int:
 def _fill_id(config: MemoryConfig, profile: Profile, tokenizer: Any, token_map: TokenMap) -> int | None:
     if profile.fill != "pad":
         if config.fill_token_id is not None:
-            raise ConfigError(f"fill_token_id has no effect: profile {profile.name!r} fills with {profile.fill!r}.")
+            raise ConfigError(
+                f"fill_token_id has no effect: profile {profile.name!r} fills with {profile.fill!r}."
+            )
         return None
     raw = config.fill_token_id
     for name in ("pad_token_id", "eos_token_id"):

@@ -150,7 +150,7 @@ def _refuse_distributed(slot: MemorySlot) -> None:
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RowUpdateError(
             "Rows train in one process: DDP, FSDP and other torch.distributed training are not supported yet, because "
-            "row gradients would not be summed over ranks. Freeze the rows with handle.requires_grad_(False), or use one rank."
+            "row gradients would not be summed over ranks. Use one rank, or freeze rows with handle.requires_grad_(False)."
         )
     if slot.handle.dtype == torch.float16:
         raise RowUpdateError("Rows do not train under float16 weights; use float32 or bfloat16.")
@@ -174,7 +174,9 @@ def _ids(args: tuple, kwargs: dict, given_ids: Tensor | None) -> Tensor:
         )
     embeds = kwargs.get("inputs_embeds")
     if embeds is not None and embeds.shape[:2] != ids.shape:
-        raise ModelError(f"memory_ids has shape {tuple(ids.shape)}; inputs_embeds has {tuple(embeds.shape[:2])} tokens.")
+        raise ModelError(
+            f"memory_ids has shape {tuple(ids.shape)}; inputs_embeds has {tuple(embeds.shape[:2])} tokens."
+        )
     return ids
 
 
@@ -240,7 +242,13 @@ def _starts(kwargs: dict, ids_BT: Tensor, real_BT: Tensor | None, *, use_cache: 
 
 
 def _record(
-    memory: Memory, slot: MemorySlot, hidden: Tensor, address_BTC: Tensor, rows_BTCW: Tensor, output: Any, window: Window
+    memory: Memory,
+    slot: MemorySlot,
+    hidden: Tensor,
+    address_BTC: Tensor,
+    rows_BTCW: Tensor,
+    output: Any,
+    window: Window,
 ) -> LayerTrace:
     batch, n_tokens = address_BTC.shape[:2]
     ids_BT = window.chunk_of(window.ids_BS).cpu()
@@ -269,7 +277,11 @@ def _seen(window: Window, slot: MemorySlot) -> np.ndarray:
     scheme = slot.scheme
     ids_BS = window.ids_BS.cpu()
     open_BS = (ids_BS >= 0).numpy()
-    stop_BS = np.isin(ids_BS.numpy(), scheme.eos_ids) if scheme.profile.id_space == "raw" else np.zeros_like(open_BS)
+    stop_BS = (
+        np.isin(ids_BS.numpy(), scheme.eos_ids)
+        if scheme.profile.id_space == "raw"
+        else np.zeros_like(open_BS)
+    )
     if window.starts_BT is not None:
         start_BS = window.starts_BT.cpu().numpy()
     else:

@@ -30,7 +30,9 @@ def find_decoder(model: nn.Module) -> Decoder:
     if config is None or not hasattr(config, "get_text_config"):
         raise ModelError(f"{type(model).__name__} is not a transformers model: it has no config.")
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; memory attaches to decoder-only models.")
+        raise ModelError(
+            f"{type(model).__name__} is an encoder-decoder; memory attaches to decoder-only models."
+        )
     text_config = config.get_text_config(decoder=True)
     n_blocks = getattr(text_config, "num_hidden_layers", None)
     found = []
@@ -51,7 +53,9 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise ModelError(
             f"{type(module).__name__}.forward takes no **kwargs, so memory cannot hand the token ids to its blocks."
         )
-    eps = _first(text_config, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
+    eps = _first(
+        text_config, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon"
+    )
     return Decoder(
         module=module,
         blocks=blocks,

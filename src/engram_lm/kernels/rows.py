@@ -7,6 +7,7 @@ The gather asks the memory controller for row i + PREFETCH_ROWS while it copies 
 usually a TLB miss, and one miss at a time is what makes `index_select` slow (80-300 ns a row against 23-48 ns here).
 """
 
+import contextlib
 import mmap
 
 import numpy as np
@@ -100,15 +101,6 @@ def merge(sorted_N, order_N, gradient_NW, unique_U, merged_UW):
 
 
 @njit(nogil=True, cache=True)
-def update_sgd(rows_RW, unique_U, gradient_UW, rate, scale):
-    """rows -= rate * (scale * gradient); the factors multiply in the order torch's clipping and SGD use."""
-    for u in range(unique_U.shape[0]):
-        r = unique_U[u]
-        for w in range(rows_RW.shape[1]):
-            rows_RW[r, w] -= rate * (scale * gradient_UW[u, w])
-
-
-@njit(nogil=True, cache=True)
 def update_rmsprop(rows_RW, second_R, unique_U, gradient_UW, rate, scale, decay, eps):
     """Row-wise RMSprop: one second moment a row, the mean over its width."""
     width = rows_RW.shape[1]
@@ -150,8 +142,6 @@ def zero_pages(n_bytes: int) -> mmap.mmap:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     pages = mmap.mmap(-1, max(n_bytes, 1), flags=flags)
     if hasattr(pages, "madvise"):
-        try:
+        with contextlib.suppress(OSError):  # kernels without transparent huge pages; slower, not wrong
             pages.madvise(MADV_HUGEPAGE)
-        except OSError:  # kernels without transparent huge pages; slower, not wrong
-            pass
     return pages

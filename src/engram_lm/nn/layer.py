@@ -62,7 +62,9 @@ class EngramLayer(nn.Module):
     ) -> None:
         super().__init__()
         if min(hidden_size, memory_width, branches) < 1 or conv_kernel < 0 or conv_dilation < 1:
-            raise ConfigError("hidden_size, memory_width, branches and conv_dilation start at 1, conv_kernel at 0.")
+            raise ConfigError(
+                "hidden_size, memory_width, branches and conv_dilation start at 1, conv_kernel at 0."
+            )
         make = {"device": device, "dtype": dtype}
         self.hidden_size, self.memory_width, self.branches = hidden_size, memory_width, branches
         self.conv_kernel, self.conv_dilation = conv_kernel, conv_dilation
@@ -90,7 +92,9 @@ class EngramLayer(nn.Module):
         projected = self.projection(rows_BTE.to(self.projection.weight.dtype))
         key_BTE, value_BTD = projected.split((self.branches * self.hidden_size, self.hidden_size), -1)
         key_BTMD = key_BTE.view(batch, n_tokens, self.branches, self.hidden_size)
-        alpha_BTM = gate(key_BTMD, hidden_BTMD, self.key_norm * self.query_norm, eps=self.eps, form=self.gate_form)
+        alpha_BTM = gate(
+            key_BTMD, hidden_BTMD, self.key_norm * self.query_norm, eps=self.eps, form=self.gate_form
+        )
         if window.real_BT is not None:
             alpha_BTM = alpha_BTM * window.real_BT[:, :, None]
         value_BTD = value_BTD.to(alpha_BTM.dtype)
@@ -101,7 +105,9 @@ class EngramLayer(nn.Module):
         return LayerOutput(delta_BTMD.to(hidden.dtype).view(hidden.shape), alpha_BTM, value_BTD)
 
     def _conv(self, gated_BTMD: Tensor, window: Window, key: Any) -> Tensor:
-        normed_BTMD = F.rms_norm(gated_BTMD, (self.hidden_size,), eps=self.eps) * self.conv_norm.to(gated_BTMD.dtype)
+        normed_BTMD = F.rms_norm(gated_BTMD, (self.hidden_size,), eps=self.eps) * self.conv_norm.to(
+            gated_BTMD.dtype
+        )
         sequence_BSC = window.with_past(key, normed_BTMD.flatten(2), self.past_length)
         segments_BS = None
         if window.starts_BT is not None:

@@ -17,7 +17,9 @@ class EmbeddingMean(nn.Module):
         hidden_size: D. row_width: W, of one sub-table. columns: C = (orders) x (parts).
     """
 
-    def __init__(self, *, hidden_size: int, row_width: int, columns: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, *, hidden_size: int, row_width: int, columns: int, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.hidden_size, self.row_width, self.columns = hidden_size, row_width, columns
         # one fused matrix: the sum of C projections is one projection of the concatenated rows

@@ -44,7 +44,9 @@ class TrainableTable(Table, Protocol):
 
     gradients: RowGradients
 
-    def update(self, unique: Any, gradient: Any, *, rule: RowRule, learning_rate: float, scale: float) -> None:
+    def update(
+        self, unique: Any, gradient: Any, *, rule: RowRule, learning_rate: float, scale: float
+    ) -> None:
         """Apply `rule` to rows `unique` (int64 [U], ascending) with summed gradients [U, width]."""
 
     def checkpoint(self) -> dict[str, Any]:

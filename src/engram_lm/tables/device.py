@@ -134,7 +134,10 @@ class DeviceTable:
 
     def checkpoint(self) -> dict[str, Tensor]:
         """Rows and row-optimizer state by name (views, not copies)."""
-        return {"rows": self._rows, **{f"state.{name}": tensor for name, tensor in (self._state or {}).items()}}
+        return {
+            "rows": self._rows,
+            **{f"state.{name}": tensor for name, tensor in (self._state or {}).items()},
+        }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `checkpoint`. Rows of another shape are refused; state is replaced, or dropped when absent."""
@@ -145,7 +148,9 @@ class DeviceTable:
                 f"{self.gradients.name} has {self.n_rows} rows of {self.width} numbers; the checkpoint holds {got}."
             )
         self._rows.copy_(rows)
-        state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+        state = {
+            name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")
+        }
         self._state = None
         if state:
             fresh = self.gradients.rule.new_state(
@@ -175,7 +180,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     n_bytes = torch.Size(shape).numel() * dtype.itemsize
-    return torch.frombuffer(kernels.zero_pages(n_bytes), dtype=dtype, count=torch.Size(shape).numel()).view(shape)
+    return torch.frombuffer(kernels.zero_pages(n_bytes), dtype=dtype, count=torch.Size(shape).numel()).view(
+        shape
+    )
 
 
 # ---- torch.compile: a gather is an op keyed by table, its gradient another --------------------------------------------

@@ -4,7 +4,8 @@ A table's gradient is (unique rows, summed gradients), kept beside the table. Wh
 schedules and optimizers see is `handle`, a Parameter of one element whose `.grad` is the L2 norm of that gradient:
 
 * gradient clipping over the model counts the rows' norm, and scales `handle.grad`; the rows are scaled by the same factor
-  when they are updated (recovered as handle.grad / norm, so it is exact when nothing was clipped and within one ulp else);
+  when they are updated. Under SGD the rows are bit-equal to a dense embedding's, as long as both norms are (a dense
+  norm also runs over the untouched zeros, which can move its last bit);
 * `optimizer.step()` of any optimizer that holds the handle first applies the table's own rule to the rows, at that
   parameter group's learning rate, and then finds no gradient on the handle and leaves it alone;
 * `zero_grad()` drops what is pending, a second `backward()` adds to it.
@@ -28,6 +29,42 @@ from engram_lm.tables.rules import RowAdam, RowRule
 
 # Every table that has a handle, so that an optimizer step can find those it passes over. Keys are handle object ids.
 _OWNERS: "weakref.WeakValueDictionary[int, RowGradients]" = weakref.WeakValueDictionary()
+
+
+class Norm(Tensor):
+    """The handle's gradient. It remembers what it was multiplied by, because value / norm finds that only to one ulp."""
+
+    factor: Tensor | None = None
+    times = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in ("mul_", "__imul__") and isinstance(args[0], Norm):
+            args[0].note(args[1])
+        elif name == "_foreach_mul_":
+            for i, gradient in enumerate(args[0]):
+                if isinstance(gradient, Norm):
+                    gradient.note(args[1][i] if isinstance(args[1], (list, tuple)) else args[1])
+        return result
+
+    def note(self, factor: Any) -> None:
+        self.factor, self.times = factor, self.times + 1
+
+
+def factor_of(gradient: Tensor, norm: float) -> float:
+    """What the rows' gradient must be multiplied by, given what became of its norm on the handle."""
+    value = float(gradient)
+    if value == norm or norm == 0.0:
+        return 1.0 if value == norm and norm else 0.0
+    if isinstance(gradient, Norm) and gradient.times == 1:
+        with torch._C.DisableTorchFunctionSubclass():
+            factor = torch.as_tensor(gradient.factor, dtype=gradient.dtype)
+        if float(factor * norm) == value:
+            return float(factor)
+    return value / norm
 
 
 class RowGradients:
@@ -121,7 +158,7 @@ class RowGradients:
         """After the handle's gradient was accumulated: merge, and make the gradient the norm."""
         grad = handle.grad
         if self._pending is not None:
-            factor = float(grad) / self._norm if self._norm else 0.0
+            factor = factor_of(grad, self._norm)
             if factor == 0.0:
                 self._pending = None  # zero_grad ran in between
             elif factor != 1.0:
@@ -136,10 +173,9 @@ class RowGradients:
         self._incoming.clear()
         if self._pending is None:
             return
-        norm = torch.linalg.vector_norm(self._pending[1])
+        norm = torch.linalg.vector_norm(self._pending[1]).to(handle).reshape(1)
         self._norm = float(norm)
-        handle.grad = norm.to(handle).reshape(1)
-        self._norm = float(handle.grad)
+        handle.grad = norm.as_subclass(Norm)
 
     # ---- gradients out ------------------------------------------------------------------------------------------
 
@@ -151,7 +187,7 @@ class RowGradients:
             self._pending = None
             return
         if self._pending is not None:
-            scale = float(grad) / self._norm if self._norm else 0.0
+            scale = factor_of(grad, self._norm)
             unique_U, merged_UW = self._pending
             self._pending = None
             if scale != scale:  # NaN norm: a dense parameter would become NaN here; say it instead
@@ -159,7 +195,9 @@ class RowGradients:
                     f"The gradient of {self.name} is not finite; skip the step, or lower the learning rate."
                 )
             if scale != 0.0:
-                self.table.update(unique_U, merged_UW, rule=self.rule, learning_rate=learning_rate, scale=scale)
+                self.table.update(
+                    unique_U, merged_UW, rule=self.rule, learning_rate=learning_rate, scale=scale
+                )
             self.set_updates(self.updates + 1)
         self.handle.grad = None
 
@@ -178,7 +216,11 @@ def merge(address_N: Tensor, gradient_NW: Tensor) -> tuple[Tensor, Tensor]:
     unique_U = torch.empty_like(address_N)
     merged_UW = torch.empty(gradient_NW.shape, dtype=torch.float32)
     n = kernels.merge(
-        sorted_N.numpy(), order_N.numpy(), gradient_NW.contiguous().numpy(), unique_U.numpy(), merged_UW.numpy()
+        sorted_N.numpy(),
+        order_N.numpy(),
+        gradient_NW.contiguous().numpy(),
+        unique_U.numpy(),
+        merged_UW.numpy(),
     )
     return unique_U[:n], merged_UW[:n]
 

@@ -36,7 +36,9 @@ class RowRule:
                 raise ConfigError(f"{type(self).__name__}.{field} is {value}; it must be greater than 0.")
         for field in ("beta2", "decay"):
             if not getattr(self, field, 0.5) < 1:
-                raise ConfigError(f"{type(self).__name__}.{field} is {getattr(self, field)}; it must be below 1.")
+                raise ConfigError(
+                    f"{type(self).__name__}.{field} is {getattr(self, field)}; it must be below 1."
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}
@@ -66,13 +68,11 @@ class SGD(RowRule):
     rate: float = 1.0
     name: ClassVar[str] = "sgd"
 
-    def apply_fast(self, rows_RW, state, unique_U, gradient_UW, rate, scale):
-        kernels.update_sgd(
-            rows_RW.numpy(), unique_U.numpy(), gradient_UW.numpy(), _float32(rate), _float32(scale)
-        )
+    def apply_plain(self, rows_RW, state, unique_U, gradient_UW, rate, scale) -> None:
+        # torch's own multiply-add, so that the last bit is the one torch.optim.SGD gives a dense embedding
+        rows_RW[unique_U] = rows_RW[unique_U].add_(scale * gradient_UW, alpha=-rate)
 
-    def apply_plain(self, rows_RW, state, unique_U, gradient_UW, rate, scale):
-        rows_RW[unique_U] -= rate * (scale * gradient_UW)
+    apply_fast = apply_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +84,10 @@ class RowRMSprop(RowRule):
     name: ClassVar[str] = "row-rmsprop"
     bytes_per_row: ClassVar[int] = 4
 
-    def new_state(self, n_rows, allocate):
+    def new_state(self, n_rows, allocate) -> dict[str, torch.Tensor]:
         return {"second_moment": allocate((n_rows,), torch.float32)}
 
-    def apply_fast(self, rows_RW, state, unique_U, gradient_UW, rate, scale):
+    def apply_fast(self, rows_RW, state, unique_U, gradient_UW, rate, scale) -> None:
         kernels.update_rmsprop(
             rows_RW.numpy(),
             state["second_moment"].numpy(),
@@ -99,10 +99,12 @@ class RowRMSprop(RowRule):
             self.eps,
         )
 
-    def apply_plain(self, rows_RW, state, unique_U, gradient_UW, rate, scale):
+    def apply_plain(self, rows_RW, state, unique_U, gradient_UW, rate, scale) -> None:
         gradient_UW = scale * gradient_UW
         square_U = gradient_UW.double().square().mean(1)
-        second_U = (self.decay * state["second_moment"][unique_U].double() + (1 - self.decay) * square_U).float()
+        second_U = (
+            self.decay * state["second_moment"][unique_U].double() + (1 - self.decay) * square_U
+        ).float()
         state["second_moment"][unique_U] = second_U
         step_U = (rate / (second_U.double().sqrt() + self.eps)).float()
         rows_RW[unique_U] -= step_U[:, None] * gradient_UW
@@ -117,10 +119,13 @@ class RowAdam(RowRule):
     name: ClassVar[str] = "row-adam"
     bytes_per_row: ClassVar[int] = 8
 
-    def new_state(self, n_rows, allocate):
-        return {"second_moment": allocate((n_rows,), torch.float32), "count": allocate((n_rows,), torch.int32)}
+    def new_state(self, n_rows, allocate) -> dict[str, torch.Tensor]:
+        return {
+            "second_moment": allocate((n_rows,), torch.float32),
+            "count": allocate((n_rows,), torch.int32),
+        }
 
-    def apply_fast(self, rows_RW, state, unique_U, gradient_UW, rate, scale):
+    def apply_fast(self, rows_RW, state, unique_U, gradient_UW, rate, scale) -> None:
         kernels.update_adam(
             rows_RW.numpy(),
             state["second_moment"].numpy(),
@@ -133,11 +138,13 @@ class RowAdam(RowRule):
             self.eps,
         )
 
-    def apply_plain(self, rows_RW, state, unique_U, gradient_UW, rate, scale):
+    def apply_plain(self, rows_RW, state, unique_U, gradient_UW, rate, scale) -> None:
         gradient_UW = scale * gradient_UW
         square_U = gradient_UW.double().square().mean(1)
         state["count"][unique_U] += 1
-        second_U = (self.beta2 * state["second_moment"][unique_U].double() + (1 - self.beta2) * square_U).float()
+        second_U = (
+            self.beta2 * state["second_moment"][unique_U].double() + (1 - self.beta2) * square_U
+        ).float()
         state["second_moment"][unique_U] = second_U
         corrected_U = second_U.double() / (1 - self.beta2 ** state["count"][unique_U].double())
         step_U = (rate / (corrected_U.sqrt() + self.eps)).float()
