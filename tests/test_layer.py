@@ -244,3 +244,62 @@ def test_values_in_bfloat16_are_gated_in_float32():
         key.float()[:, :, None], hidden.float()[:, :, None], layer.key_norm, layer.query_norm, eps=1e-6
     )
     torch.testing.assert_close(output.gate, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["signed-sqrt", "plain"])
+@pytest.mark.parametrize(("streams", "kernel", "dilation"), [(1, 4, 3), (3, 4, 2), (2, 2, 1), (1, 1, 1), (2, 0, 1)])
+@pytest.mark.parametrize("padded", ["whole", "left padding", "holes"])
+def test_fused_layer_is_the_plain_one_with_gradients(form, streams, kernel, dilation, padded):
+    layer = EngramLayer(
+        hidden_size=40, memory_width=24, branches=streams, conv_kernel=kernel, conv_dilation=dilation, gate_form=form
+    )
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            if name != "projection.weight":
+                parameter.normal_(1.0 if "norm" in name else 0.0, 0.5)
+    hidden, rows = torch.randn(3, 11, streams, 40), torch.randn(3, 11, 24)
+    real = None
+    if padded != "whole":
+        real = torch.ones(3, 11, dtype=torch.bool)
+        real[0, :4] = False
+        if padded == "holes":
+            real[1, 5:7] = False
+    upstream, results = torch.randn(3, 11, streams, 40), []
+    for path in (layer._fused, layer._plain):
+        inputs = [hidden.clone().requires_grad_(), rows.clone().requires_grad_(), *layer.parameters()]
+        window = Window.begin(torch.zeros(3, 11, dtype=torch.long), real)
+        delta, alpha = path(layer.projection(inputs[1]), inputs[0], window, 0)
+        gradients = torch.autograd.grad((delta * upstream).sum(), inputs)
+        results.append([delta.detach(), alpha.detach(), *gradients])
+    for fused, plain in zip(*results, strict=True):
+        # float32 sums of hundreds of terms in another order
+        torch.testing.assert_close(fused, plain, rtol=2e-5, atol=2e-5 * max(1.0, float(plain.abs().max())))
+
+
+def test_fused_layer_is_what_runs_on_the_cpu_and_keeps_nan(monkeypatch):
+    layer = EngramLayer(hidden_size=16, memory_width=8)
+    monkeypatch.setattr(layer, "_plain", lambda *a: pytest.fail("the plain path ran"))
+    hidden, rows = torch.randn(1, 5, 16), torch.randn(1, 5, 8)
+    rows[0, 2] = float("nan")
+    delta = layer(hidden, rows, Window.begin(torch.zeros(1, 5, dtype=torch.long), None)).delta
+    assert torch.isnan(delta[0, 2]).all()
+    assert torch.isfinite(delta[0, :2]).all()
+
+
+def test_threads_do_not_change_the_result():
+    layer = EngramLayer(hidden_size=256, memory_width=64)
+    torch.nn.init.normal_(layer.conv_weight)
+    hidden, rows = torch.randn(4, 300, 256), torch.randn(4, 300, 64)
+    before, results = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            layer.zero_grad()
+            delta = layer(hidden, rows, Window.begin(torch.zeros(4, 300, dtype=torch.long), None)).delta
+            delta.square().sum().backward()
+            results.append((delta.detach(), layer.conv_weight.grad.clone(), layer.key_norm.grad.clone()))
+    finally:
+        torch.set_num_threads(before)
+    # the projection is torch's own and may round differently with the number of threads
+    for one, three in zip(*results, strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-5, atol=1e-5 * float(one.abs().max()))

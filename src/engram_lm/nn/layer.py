@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from engram_lm.errors import ConfigError
 from engram_lm.nn.cache import Window
 from engram_lm.nn.conv import short_conv
+from engram_lm.nn.fused import FusedConv, FusedGate, fits
 from engram_lm.nn.gate import GateForm, gate
 
 
@@ -90,19 +91,54 @@ class EngramLayer(nn.Module):
         batch, n_tokens = rows_BTE.shape[:2]
         hidden_BTMD = hidden.view(batch, n_tokens, self.branches, self.hidden_size)
         projected = self.projection(rows_BTE.to(self.projection.weight.dtype))
+        value_BTD = projected[..., self.branches * self.hidden_size :]
+        path = self._fused if fits(projected, hidden) and window.starts_BT is None else self._plain
+        delta_BTMD, alpha_BTM = path(projected, hidden_BTMD, window, key)
+        return LayerOutput(delta_BTMD.to(hidden.dtype).view(hidden.shape), alpha_BTM, value_BTD)
+
+    def _plain(
+        self, projected: Tensor, hidden_BTMD: Tensor, window: Window, key: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The equations in torch: any device, any dtype, any window."""
         key_BTE, value_BTD = projected.split((self.branches * self.hidden_size, self.hidden_size), -1)
-        key_BTMD = key_BTE.view(batch, n_tokens, self.branches, self.hidden_size)
+        key_BTMD = key_BTE.view(hidden_BTMD.shape)
         alpha_BTM = gate(
             key_BTMD, hidden_BTMD, self.key_norm * self.query_norm, eps=self.eps, form=self.gate_form
         )
         if window.real_BT is not None:
             alpha_BTM = alpha_BTM * window.real_BT[:, :, None]
-        value_BTD = value_BTD.to(alpha_BTM.dtype)
-        gated_BTMD = alpha_BTM[..., None] * value_BTD[:, :, None]
-        delta_BTMD = gated_BTMD
+        gated_BTMD = alpha_BTM[..., None] * value_BTD.to(alpha_BTM.dtype)[:, :, None]
         if self.conv_kernel:
-            delta_BTMD = gated_BTMD + self._conv(gated_BTMD, window, key)
-        return LayerOutput(delta_BTMD.to(hidden.dtype).view(hidden.shape), alpha_BTM, value_BTD)
+            return gated_BTMD + self._conv(gated_BTMD, window, key), alpha_BTM
+        return gated_BTMD, alpha_BTM
+
+    def _fused(
+        self, projected: Tensor, hidden_BTMD: Tensor, window: Window, key: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The same through the CPU kernels."""
+        batch, n_tokens, branches, width = hidden_BTMD.shape
+        conv_norm = self.conv_norm if self.conv_kernel else projected.new_zeros(0, width)
+        y, u, alpha = FusedGate.apply(
+            projected.reshape(batch * n_tokens, -1),
+            hidden_BTMD.reshape(batch * n_tokens, branches, width),
+            self.key_norm * self.query_norm,
+            conv_norm,
+            window.real_BT,
+            self.eps,
+            self.gate_form == "signed-sqrt",
+        )
+        alpha_BTM = alpha.view(batch, n_tokens, branches)
+        if not self.conv_kernel:
+            return y.view(hidden_BTMD.shape), alpha_BTM
+        sequence_BSC = window.with_past(key, u.view(batch, n_tokens, -1), self.past_length)
+        if window.take_BT is None:
+            delta = FusedConv.apply(
+                sequence_BSC, self.conv_weight, y.view(batch, n_tokens, -1), self.conv_dilation
+            )
+        else:
+            conv_BSC = short_conv(sequence_BSC, self.conv_weight, dilation=self.conv_dilation)
+            delta = y.view(batch, n_tokens, -1) + F.silu(window.chunk_of(conv_BSC))
+        return delta.view(hidden_BTMD.shape), alpha_BTM
 
     def _conv(self, gated_BTMD: Tensor, window: Window, key: Any) -> Tensor:
         normed_BTMD = F.rms_norm(gated_BTMD, (self.hidden_size,), eps=self.eps) * self.conv_norm.to(
