@@ -228,6 +228,124 @@ def train(
 
 
 @app.command
+def generate(
+    directory: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    chat: Flag = False,
+    memory: Literal["on", "off"] = "on",
+    heat: Literal["share", "gate"] | None = None,
+    block: int | None = None,
+    branch: int | None = None,
+    full: float | None = None,
+    color: Literal["auto", "always", "never"] = "auto",
+) -> None:
+    """Go on with a text; its background reddens where memory adds most.
+
+    Parameters
+    ----------
+    directory
+        What engram-lm train wrote, or one of its checkpoints.
+    prompt
+        The text to go on with.
+    max_new_tokens
+        Most tokens that are generated.
+    temperature
+        0 takes the likeliest token; above that, tokens are drawn.
+    seed
+        Of the draws.
+    chat
+        Put the prompt into the chat template and print the answer alone.
+    memory
+        off runs the model without its memory.
+    heat
+        What the red means: share, |added| / |hidden state| (the default), or gate, which is 0.5 for empty rows.
+    block
+        Look at the memory before this block alone, not at the strongest.
+    branch
+        Look at this residual branch alone.
+    full
+        The share that is full red; default what the training run measured, else the prompt's strongest.
+    color
+        auto: on a terminal, and not where NO_COLOR is set.
+    """
+    from engram_lm.show.command import generate_command
+
+    generate_command(
+        directory,
+        prompt,
+        heat=heat,
+        block=block,
+        branch=branch,
+        full=full,
+        memory=memory,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        color=color,
+    )
+
+
+@app.command
+def trace(
+    directory: Path,
+    text: str,
+    *,
+    block: int | None = None,
+    branch: int | None = None,
+    limit: int = 40,
+    json: Flag = False,
+) -> None:
+    """Print what memory reads at every token of a text: n-grams, gates, shares, norms, addresses.
+
+    Parameters
+    ----------
+    directory
+        What engram-lm train wrote, or one of its checkpoints.
+    text
+        The text to trace.
+    block
+        The memory before this block alone.
+    branch
+        This residual branch alone.
+    limit
+        Most tokens that are shown, 0 for all.
+    json
+        Print JSON with all addresses instead of tables.
+    """
+    from engram_lm.show.command import trace_command
+
+    trace_command(directory, text, block=block, branch=branch, limit=limit, as_json=json)
+
+
+@app.command
+def demo(
+    *,
+    memory: Path | None = None,
+    max_new_tokens: int = 32,
+    color: Literal["auto", "always", "never"] = "auto",
+) -> None:
+    """Show a language model with a trained memory: where the memory speaks, and the same text without it.
+
+    Parameters
+    ----------
+    memory
+        Directory of the memory; default the one in the clone, demo/memory.
+    max_new_tokens
+        Tokens generated for each prompt.
+    color
+        auto: on a terminal, and not where NO_COLOR is set.
+    """
+    from engram_lm.show.demo import demo_command
+
+    demo_command(memory=memory, max_new_tokens=max_new_tokens, color=color)
+
+
+@app.command
 def version() -> None:
     """Print the versions of engram-lm, Python and the libraries whose arithmetic it uses."""
     import platform

@@ -150,9 +150,10 @@ def from_pretrained(
     manifest = read_manifest(directory)
     ref = BaseRef(**manifest["base"])
     kept = manifest["base_files"]
-    if base is None:
-        name = str(directory / "base") if kept == "base" else ref.name
-        base = load_base(name, dtype=dtype, report=lambda line: None).model
+    if base is None and kept == "base":
+        base = _base_beside(directory, dtype)
+    elif base is None:
+        base = load_base(ref.name, dtype=dtype, report=lambda line: None).model
     if kept != "base":
         require_base(base, ref=ref)
     if kept == "adapter":
@@ -274,6 +275,18 @@ def _save_base(model: nn.Module, directory: Path, ref: BaseRef, base_files: Base
             type(model).save_pretrained(model, directory / "base", state_dict=state)
         return "base"
     return None
+
+
+def _base_beside(directory: Path, dtype: torch.dtype | None) -> nn.Module:
+    """The base that was saved with the memory; its tokenizer is the memory's."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_libraries():
+            return AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype or "auto")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{directory / 'base'} cannot be read: {first}") from None
 
 
 def _tokenizer(directory: Path) -> Any:

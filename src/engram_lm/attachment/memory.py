@@ -37,7 +37,7 @@ class MemorySlot(EngramLayer):
         super().__init__(**layer)
         self.scheme, self.table, self.block = scheme, table, block
         self.handle = table.gradients.handle
-
+        self.register_load_state_dict_post_hook(_weights_were_loaded)
         self._prepare(token_map, dead_token_ids)
 
     def _prepare(self, token_map: Any, dead_token_ids: tuple[int, ...] = ()) -> None:
@@ -63,6 +63,11 @@ class MemorySlot(EngramLayer):
 
     def extra_repr(self) -> str:
         return f"block={self.block}, rows={self.table.n_rows}x{self.table.width}"
+
+
+def _weights_were_loaded(slot: MemorySlot, incompatible_keys: Any) -> None:
+    """A state_dict brings weights, never rows: the next forward compares their counts of updates."""
+    slot.table.gradients.weights_were_loaded()
 
 
 class Memory:

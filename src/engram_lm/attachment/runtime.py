@@ -42,7 +42,7 @@ class MemoryRuntime:
         self.base, self.tokenizer = base, tokenizer
         self.decoder_class = type(decoder.module).__name__
         self.n_blocks = len(decoder.blocks)
-        self.default_use_cache = bool(getattr(decoder.module.config, "use_cache", False))
+        self.decoder_config = decoder.module.config
         self.memories: dict[str, Memory] = {}
         self.sink: list[LayerTrace] | None = None
         self.handles: list[Any] = [
@@ -72,7 +72,9 @@ class MemoryRuntime:
         if isinstance(cache, EncoderDecoderCache) or (cache is not None and not isinstance(cache, Cache)):
             raise StateError(f"Memory keeps its state in a transformers Cache; got {type(cache).__name__}.")
         use_cache = kwargs.get("use_cache")
-        use_cache = self.default_use_cache if use_cache is None else use_cache
+        if use_cache is None:
+            # read now: Trainer and gradient checkpointing change it after attach
+            use_cache = getattr(self.decoder_config, "use_cache", False)
         keep = max(memory.keep for memory in active)
         past = 0 if cache is None else cache.get_seq_length()
         real_BT = _real(kwargs.get("attention_mask"), ids_BT, past)

@@ -124,7 +124,7 @@ def train(
         results = {"step": step, "tokens": step * config.tokens_per_step}
         if state != "interrupted":
             results |= _measure(prepared, conductor)
-            prepared.model.config.use_cache = prepared.use_cache
+            prepared.model.config.use_cache = trainer.own_use_cache
             save_memory(prepared.model, out, tokenizer=prepared.tokenizer)
         draw_losses(metrics.records, out / PICTURE, title=_title(prepared), mode=config.mode)
         _write_json(out / FACTS, facts | {"state": state, "results": results})
@@ -173,7 +173,6 @@ class _Prepared(NamedTuple):
     held_out: Any
     held_out_tokens: int
     steps: int
-    use_cache: bool
 
 
 def _begun(out: Path, earlier: str) -> dict[str, Any] | None:
@@ -248,8 +247,6 @@ def _prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) -
         measured = Subset(
             held_out, range(max(1, min(len(held_out), config.eval_tokens // config.sequence_length)))
         )
-    use_cache = bool(getattr(model.config, "use_cache", True))
-    model.config.use_cache = False
     model = _with_memory(model, tokenizer, base, config)
     tables = [table for memory in memories(model).values() for table in memory.tables]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -268,7 +265,6 @@ def _prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) -
         held_out=measured,
         held_out_tokens=len(measured) * config.sequence_length if measured else 0,
         steps=steps,
-        use_cache=use_cache,
     )
 
 

@@ -46,6 +46,8 @@ class MemoryTrainer(Trainer):
             raise ModelError("The model has no memory; attach one first, or use transformers' own Trainer.")
         if args is not None:
             _refuse(args)
+        # Trainer switches the cache off in the model's config; what is saved keeps the model's own choice
+        self.own_use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model, args, **options)
         _refuse(self.args)
 
@@ -57,13 +59,21 @@ class MemoryTrainer(Trainer):
     # ---- saving -------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
+        if not self.args.should_save:
+            return
+        training_use_cache = getattr(self.model.config, "use_cache", None)
+        try:
+            if self.own_use_cache is not None:
+                self.model.config.use_cache = self.own_use_cache
             save_memory(
                 self.model,
                 output_dir or self.args.output_dir,
                 tokenizer=self.processing_class,
                 row_state=True,
             )
+        finally:
+            if training_use_cache is not None:
+                self.model.config.use_cache = training_use_cache
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run = Path(self._get_output_dir(trial))

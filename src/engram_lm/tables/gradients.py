@@ -82,6 +82,7 @@ class RowGradients:
         self._pending: tuple[Tensor, Tensor] | None = None
         self._norm = 0.0
         self._passed_over: str | None = None
+        self._unverified = False
         self.updates = 0
         self._bind()
 
@@ -113,11 +114,19 @@ class RowGradients:
     def set_updates(self, updates: int) -> None:
         """Say how many updates the rows carry, here and in the handle's value."""
         self.updates = updates
+        self._unverified = False
         with torch.no_grad():
             self.handle.fill_(updates)
 
+    def weights_were_loaded(self) -> None:
+        """Ask the next forward for `check_updates`, once: the handle's value came from a state_dict."""
+        self._unverified = True
+
     def check(self, handle: Tensor, *, training: bool) -> None:
         """Refuse to read rows when gradients were lost, or when weights and rows come from different steps."""
+        if self._unverified:
+            self.check_updates()
+            self._unverified = False
         if self._passed_over:
             raise RowUpdateError(
                 f"Gradients of {self.name} were never applied: {self._passed_over} stepped without its handle. Give the "

@@ -1,0 +1,1 @@
+"""What memory does, made visible in a terminal: text that reddens, tables of what fired, the demo."""

@@ -1,0 +1,190 @@
+"""What `engram-lm generate`, `trace` and `demo` do with their options."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from engram_lm.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from engram_lm.show.heat import ColourWish, Quantity, Scale, legend, paint, wants_colour
+
+
+def generate_command(
+    directory: Path,
+    prompt: str,
+    *,
+    heat: Quantity | None = None,
+    block: int | None = None,
+    branch: int | None = None,
+    full: float | None = None,
+    memory: str = "on",
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    chat: bool = False,
+    color: ColourWish = "auto",
+) -> None:
+    """Print the prompt and what follows, reddened by memory where the terminal can."""
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1; got {max_new_tokens}.")
+    if temperature < 0:
+        raise ConfigError(f"temperature must be 0 (greedy) or more; got {temperature}.")
+    if seed is not None and not temperature:
+        raise ConfigError("seed has no effect at temperature 0; add --temperature.")
+    if memory == "off" and (heat, block, branch, full) != (None, None, None, None):
+        raise ConfigError("--heat, --block, --branch and --full have no effect with --memory off.")
+    if heat == "gate" and full is not None:
+        raise ConfigError("--full has no effect with --heat gate: a gate's full is 1.")
+    model, tokenizer = load(directory)
+    from engram_lm.show.speaking import View, prompt_ids, speak
+
+    view = View(quantity=heat or "share", block=block, branch=branch)
+    tokens = speak(
+        model,
+        tokenizer,
+        prompt_ids(tokenizer, prompt, chat=chat),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed or 0,
+        view=view,
+        memory=memory,
+    )
+    coloured = wants_colour(sys.stdout, color) and memory == "on"
+    write_heat(
+        tokens,
+        tokenizer,
+        scale=(lambda strengths: scale_for(directory, view.quantity, full, strengths)) if coloured else None,
+        where=view.told,
+        show_prompt=not chat,
+    )
+
+
+def write_heat(
+    tokens: Any, tokenizer: Any, *, scale: Any, where: str, show_prompt: bool = True
+) -> Scale | None:
+    """Stream tokens to stdout. `scale` makes a Scale from the prompt's strengths; None writes plain text."""
+    from engram_lm.show.decoding import PieceDecoder
+
+    decoder, held, chosen = PieceDecoder(tokenizer), 0.0, None
+    waiting, tokens = _prompt_first(tokens)
+    if scale is not None:
+        chosen = scale([token.strength for token in waiting])
+        print(legend(chosen, where=where), flush=True)
+    for token in itertools.chain(waiting, tokens):
+        held = max(held, token.strength)
+        piece = decoder.add(token.id)
+        if token.is_prompt and not show_prompt:
+            held = 0.0
+            continue
+        if piece:
+            print(paint(piece, chosen.heat(held)) if chosen else piece, end="", flush=True)
+            held = 0.0
+    print(decoder.end())
+    return chosen
+
+
+def _prompt_first(tokens: Any) -> tuple[list[Any], Any]:
+    """The tokens of the prompt, which come at once, and the iterator of the rest."""
+    waiting, tokens = [], iter(tokens)
+    for token in tokens:
+        waiting.append(token)
+        if not token.is_prompt:
+            break
+    return waiting, tokens
+
+
+def scale_for(directory: Path, quantity: Quantity, full: float | None, strengths: list[float]) -> Scale:
+    """What full red means: what was asked for, else what the run measured, else the strongest token of the prompt."""
+    if quantity == "gate":
+        return Scale("gate", 1.0, "an open gate")
+    if full is not None:
+        return Scale("share", full, "as asked for")
+    measured = measured_share(directory)
+    if measured:
+        return Scale("share", measured, "1 held-out token in 100 has more")
+    strongest = max(strengths)
+    return Scale(
+        "share",
+        strongest or 1.0,
+        "the strongest token of the prompt" if strongest else "memory adds nothing here",
+    )
+
+
+def measured_share(directory: Path) -> float | None:
+    """The share that one held-out token in a hundred exceeds, where the training run beside the memory measured it."""
+    for beside in (directory, directory.parent.parent):
+        try:
+            return (
+                float(json.loads((beside / "run.json").read_text(encoding="utf8"))["results"]["share"]["p99"])
+                or None
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
+
+
+def trace_command(
+    directory: Path,
+    text: str,
+    *,
+    block: int | None = None,
+    branch: int | None = None,
+    limit: int = 40,
+    as_json: bool = False,
+) -> None:
+    """Print what memory read and let in at every token of `text`."""
+    if not text:
+        raise DataError("The text is empty: there is no token to trace.")
+    if limit < 0:
+        raise ConfigError(f"limit is a number of tokens, 0 for all; got {limit}.")
+    model, tokenizer = load(directory)
+    import torch
+
+    from engram_lm.attachment import trace
+    from engram_lm.show.speaking import View
+    from engram_lm.show.tables import print_trace, trace_json
+
+    view = View(block=block, branch=branch)
+    ids = torch.tensor([tokenizer(text).input_ids], device=next(model.parameters()).device)
+    with torch.no_grad(), trace(model) as records:
+        model(ids, use_cache=False)
+    view.strengths(records)
+    if as_json:
+        print(trace_json(records, tokenizer, view=view, limit=limit or None))
+        return
+    print_trace(records, tokenizer, view=view, limit=limit or None, console=console())
+
+
+def console() -> Any:
+    """A rich console on stdout; outside a terminal its lines are as long as they need to be."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
+
+
+def load(directory: Path) -> tuple[Any, Any]:
+    """(model with memory, tokenizer) of a directory that `engram-lm train` or `save_memory` wrote."""
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory}: no such directory. Wanted what engram-lm train or save_memory wrote."
+        )
+    if not (directory / "memory.json").exists() and (directory / "run.json").exists():
+        whole = sorted(
+            (path.parent for path in directory.glob("checkpoints/checkpoint-*/whole.json")),
+            key=lambda path: int(path.name.rpartition("-")[2]),
+        )
+        advice = f"its last checkpoint can be used: {whole[-1]}" if whole else "it has no checkpoint yet"
+        raise CheckpointError(f"{directory} holds a run that is not over; {advice}.")
+    try:
+        from engram_lm.attachment import _runtime, from_pretrained
+        from engram_lm.train.base import quiet_libraries
+    except ImportError as error:
+        raise MissingExtraError(
+            f'a model with memory needs torch and transformers ({error}): pip install "engram-lm[hf]"'
+        ) from error
+    with quiet_libraries():
+        model = from_pretrained(directory)
+    return model, _runtime(model).tokenizer

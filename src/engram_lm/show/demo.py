@@ -1,0 +1,121 @@
+"""`engram-lm demo`: a trained memory on SmolLM2, with and without, and one token of it up close.
+
+The memory lies in the clone at demo/memory (what `save_memory` wrote). SmolLM2 is fetched on first use and kept in the
+user's cache; after that nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import engram_lm
+from engram_lm.errors import CheckpointError, MissingExtraError
+from engram_lm.show.command import console, scale_for, write_heat
+from engram_lm.show.heat import ColourWish, wants_colour
+
+PROMPTS = (
+    "Alexander the Great was",
+    "Albert Einstein was born in",
+    "The University of Oxford is",
+)
+
+
+def demo_command(*, memory: Path | None, max_new_tokens: int, color: ColourWish) -> None:
+    """Run the demo on the memory in `memory`, or in the clone."""
+    directory = memory or Path(engram_lm.__file__).resolve().parents[2] / "demo" / "memory"
+    if not (directory / "memory.json").exists():
+        raise CheckpointError(
+            f"{directory} holds no memory. The demo's memory comes with the clone; name another with --memory DIR."
+        )
+    clock = _Clock()
+    try:
+        from engram_lm.attachment import from_pretrained, memories
+        from engram_lm.attachment.files import read_manifest
+        from engram_lm.train.base import load_base, quiet_libraries
+    except ImportError as error:
+        raise MissingExtraError(
+            f'the demo needs torch and transformers ({error}): pip install "engram-lm[hf]"'
+        ) from error
+    clock.say("torch and transformers are loaded")
+    manifest = read_manifest(directory)
+    base = None
+    if manifest["base_files"] != "base":
+        base = load_base(manifest["base"]["name"], report=lambda line: print(f"  {line}", flush=True)).model
+    with quiet_libraries():
+        model = from_pretrained(directory, base=base)
+    tokenizer = _tokenizer(model)
+    found = memories(model)
+    tables = [table for each in found.values() for table in each.tables]
+    blocks = ", ".join(str(slot.block) for each in found.values() for slot in each.slots)
+    clock.say(
+        f"the memory is attached before blocks {blocks}: {sum(t.n_rows for t in tables):,} rows of {tables[0].width}, "
+        f"{sum(t.n_rows * t.bytes_per_row for t in tables) / 1e6:.0f} MB in use"
+    )
+    for prompt in PROMPTS:
+        _compare(model, tokenizer, directory, prompt, max_new_tokens=max_new_tokens, color=color)
+    clock.say(f"{len(PROMPTS)} texts are generated, with memory and without")
+    _one_token(model, tokenizer, PROMPTS[0])
+    print(
+        "\nWhat this shows: rows learned from a little encyclopaedia text, looked up by the last two or three tokens, change "
+        "what a frozen model says next.\nWhat it cannot do: it holds word patterns, not documents; it is no source to "
+        "quote, and a fact that it did not see often is not in it."
+    )
+
+
+def _compare(
+    model: Any, tokenizer: Any, directory: Path, prompt: str, *, max_new_tokens: int, color: ColourWish
+) -> None:
+    from engram_lm.show.speaking import View, prompt_ids, speak
+
+    ids, view = prompt_ids(tokenizer, prompt), View()
+    coloured = wants_colour(sys.stdout, color)
+    print("\nmemory on" + ("" if coloured else " (colour needs a terminal)"))
+    write_heat(
+        speak(model, tokenizer, ids, max_new_tokens=max_new_tokens, view=view),
+        tokenizer,
+        scale=(lambda strengths: scale_for(directory, "share", None, strengths)) if coloured else None,
+        where=view.told,
+    )
+    print("memory off")
+    write_heat(
+        speak(model, tokenizer, ids, max_new_tokens=max_new_tokens, memory="off"),
+        tokenizer,
+        scale=None,
+        where=view.told,
+    )
+
+
+def _one_token(model: Any, tokenizer: Any, text: str) -> None:
+    """The trace of the token of `text` at which memory adds most."""
+    import torch
+
+    from engram_lm.attachment import trace
+    from engram_lm.show.speaking import View
+    from engram_lm.show.tables import print_trace
+
+    with torch.no_grad(), trace(model) as records:
+        model(torch.tensor([tokenizer(text).input_ids]), use_cache=False)
+    place = int(View().strengths(records).argmax())
+    print(f"\nUp close: the token of “{text}” at which memory adds most, layer by layer")
+    print_trace(records, tokenizer, view=View(), limit=None, only=place, console=console())
+
+
+def _tokenizer(model: Any) -> Any:
+    from engram_lm.attachment import _runtime
+
+    return _runtime(model).tokenizer
+
+
+class _Clock:
+    """Says what was done and how long it took since it last spoke."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+
+    def say(self, what: str) -> None:
+        now = time.perf_counter()
+        print(f"[{now - self.last:5.1f} s] {what}", flush=True)
+        self.last = now
