@@ -1,57 +1,71 @@
-"""Train the demo's memory: SmolLM2-135M frozen, two Engram layers, encyclopaedia text, on a CPU.
+"""Train the demo's memory: SmolLM2-135M frozen, two Engram layers, some hundred short encyclopaedia articles, on a CPU.
 
-    python experiments/demo_memory/train.py --data enwiki2014-train-00.jsonl.xz --out runs/demo --tokens 400000
+    python experiments/demo_memory/train.py --data DATA --out runs/demo --articles 400 --minutes 60
 
-A plain loop over the library (attach, any torch optimizer, save_memory), one pass in file order, constant memory, a
-checkpoint every few minutes from which the same command goes on. Writes log.jsonl with loss and tokens a step.
+DATA holds corpora/enwiki2014-train-00.jsonl.xz and probes/enwiki2014_probes.jsonl.xz. A plain loop over the library
+(attach, any torch optimizer, save_memory); a checkpoint every few minutes, from which the same command goes on.
+Writes log.jsonl and, at the end, OUT/memory. The articles are read several times over: with this little computing time
+a memory can learn a few articles well or many not at all.
 """
 
 import argparse
+import ctypes
 import json
-import lzma
 import math
 import time
 from pathlib import Path
 
 import torch
+from articles import lines_of, short_articles
 
-from engram_lm.attachment import attach, memories
-from engram_lm.config import MemoryConfig
-from engram_lm.train.base import load_base
+from engram_lm import MemoryConfig, attach, load_base, memories, save_memory
 
 # 2 layers x 8 columns x about 29,000 rows x 32 numbers: 30 MB in bfloat16
 CONFIG = MemoryConfig(layers=(1, 8), name="encyclopaedia", heads=4, rows_per_head=29_000, head_width=32)
 
 
-def token_stream(path: Path, tokenizer, n_tokens: int) -> torch.Tensor:
+def keep_freed_memory() -> None:
+    """malloc returns large blocks to the kernel at once, and faulting them in again was a third of the time."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def blocks_of(articles: list[dict], tokenizer, length: int) -> torch.Tensor:
     ids: list[int] = []
-    with lzma.open(path, "rt", encoding="utf8") as lines:
-        for line in lines:
-            ids += [*tokenizer(json.loads(line)["text"])["input_ids"], tokenizer.eos_token_id]
-            if len(ids) >= n_tokens:
-                break
-    return torch.tensor(ids[:n_tokens])
+    for article in articles:
+        ids += [*tokenizer(article["text"])["input_ids"], tokenizer.eos_token_id]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=400_000)
-    parser.add_argument("--minutes", type=float, default=60.0, help="stop after this long; the schedule ends with it")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--articles", type=int, default=400)
+    parser.add_argument("--minutes", type=float, default=60.0, help="of training; the schedule ends with it")
+    parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    model, tokenizer, _ = load_base("smollm2")
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    model, tokenizer, base = load_base("smollm2")
     model.requires_grad_(False)
     model.config.use_cache = False
-    attach(model, tokenizer, CONFIG)
+    attach(model, tokenizer, CONFIG, base=base)
     memory = memories(model)[CONFIG.name]
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=options.learning_rate, weight_decay=0.0)
+    facts = {p["id"] for p in lines_of(options.data / "probes/enwiki2014_probes.jsonl.xz")}
+    articles = short_articles(
+        options.data / "corpora/enwiki2014-train-00.jsonl.xz", options.articles, ids=facts
+    )
+    blocks = blocks_of(articles, tokenizer, options.length)
     checkpoint = options.out / "checkpoint.pt"
     step, spent, saved = 0, 0.0, 0.0
     if checkpoint.exists():
@@ -61,8 +75,7 @@ def main() -> None:
             table.restore(tensors)
             table.gradients.set_updates(updates)
         optimizer.load_state_dict(held["optimizer"])
-        step, spent = held["step"], held["spent"]
-        saved = spent
+        step, spent, saved = held["step"], held["spent"], held["spent"]
 
     def save() -> None:
         held = {
@@ -76,24 +89,25 @@ def main() -> None:
         torch.save(held, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").rename(checkpoint)
 
-    ids = token_stream(options.data, tokenizer, options.tokens)
-    size = options.batch * options.length
+    a_pass = len(blocks) // options.batch
+    print(f"{len(articles)} articles, {blocks.numel():,} tokens, {a_pass} steps a pass", flush=True)
     with open(options.out / "log.jsonl", "a") as log:
-        while (step + 1) * size <= len(ids) and spent < options.minutes * 60:
+        while spent < options.minutes * 60:
             begun = time.monotonic()
-            done = max(spent / (options.minutes * 60), (step * size) / len(ids))
-            warm = min(1.0, (step + 1) / 10)
+            order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(step // a_pass))
+            batch = blocks[order[step % a_pass * options.batch :][: options.batch]]
+            done = spent / (options.minutes * 60)
+            warm = min(1.0, (step + 1) / 20)
             for group in optimizer.param_groups:
-                group["lr"] = options.learning_rate * warm * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-            batch = ids[step * size : (step + 1) * size].view(options.batch, options.length)
-            loss = model(batch, labels=batch).loss
+                group["lr"] = options.learning_rate * warm * (0.05 + 0.475 * (1 + math.cos(math.pi * done)))
             optimizer.zero_grad()
+            loss = model(batch, labels=batch).loss
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
             spent += time.monotonic() - begun
-            record = {"step": step, "tokens": step * size, "loss": round(loss.item(), 4)}
+            record = {"step": step, "pass": round(step / a_pass, 2), "loss": round(loss.item(), 4)}
             record |= {"norm": round(float(norm), 4), "seconds": round(spent, 1)}
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -102,6 +116,7 @@ def main() -> None:
                 save()
                 saved = spent
     save()
+    save_memory(model, options.out / "memory", row_dtype=torch.bfloat16)
 
 
 if __name__ == "__main__":
