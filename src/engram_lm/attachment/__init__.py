@@ -132,7 +132,7 @@ def _runtime(model: nn.Module) -> MemoryRuntime:
 
 def _base_of(model: nn.Module) -> BaseRef:
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    kind = "local" if Path(name).is_dir() else "hub" if name else "scratch"
+    kind = "local" if name and Path(name).is_dir() else "hub" if name else "scratch"
     return BaseRef(name=name or "unnamed", kind=kind, sha256=fingerprint_of(model))
 
 

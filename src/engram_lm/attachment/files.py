@@ -159,7 +159,8 @@ def from_pretrained(
     if kept == "adapter":
         from peft import PeftModel
 
-        base = PeftModel.from_pretrained(base, str(directory / "adapter"))
+        with quiet_libraries():
+            base = PeftModel.from_pretrained(base, str(directory / "adapter"))
     tokenizer = _tokenizer(directory)
     for entry in manifest["memories"]:
         config = MemoryConfig.from_json(entry["config"])

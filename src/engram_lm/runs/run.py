@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from torch.utils.data import Subset
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, default_data_collator, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from engram_lm import __version__
@@ -300,7 +300,8 @@ def _with_memory(model: Any, tokenizer: Any, base: Any, config: TrainConfig) -> 
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
-        model = get_peft_model(model, adapter)
+        with quiet_libraries():
+            model = get_peft_model(model, adapter)
     return attach(model, tokenizer, config.memory(config.layers), base=base)
 
 
@@ -407,6 +408,8 @@ def _trainer(prepared: _Prepared, out: Path, conductor: _Conductor) -> MemoryTra
         args,
         train_dataset=prepared.train,
         processing_class=prepared.tokenizer,
+        # Trainer's own choice would add a mask, and with a mask transformers does not keep documents apart
+        data_collator=default_data_collator,
         callbacks=[conductor],
     )
     trainer.remove_callback(PrinterCallback)
