@@ -82,7 +82,7 @@ def test_paint_goes_from_nothing_to_red_and_stops_at_line_ends():
 def test_the_legend_states_the_scale():
     told = without_colour(legend(Scale("share", 0.314, "as asked for"), where="block 3"))
     assert "0.31+" in told
-    assert "|added by memory| / |hidden state|, block 3; full red: as asked for" in told
+    assert "|added| / |hidden|, block 3; full red: as asked for" in told
     assert "0.5 where rows are zero" in legend(Scale("gate", 1.0, "an open gate"))
 
 
@@ -240,7 +240,8 @@ def test_trace_refuses_in_one_line(text, told, saved, capsys):
 def test_demo_shows_both_and_ends_with_what_it_cannot_do(saved, capsys):
     assert cli.run(["demo", "--memory", str(saved), "--max-new-tokens", "3", "--color", "always"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("memory on\n") == printed.count("memory off\n") == 3
+    assert printed.count("memory on:\n") == printed.count("memory off:\n") == 3
+    assert "the strongest token of the prompts" in printed
     assert "Up close" in printed
     assert "What it cannot do" in printed.splitlines()[-1]
     assert re.search(r"\[ *\d+\.\d s\] the memory is attached before blocks 0, 2", printed)

@@ -168,7 +168,8 @@ class TrainConfig:
     def resolved(self, *, n_blocks: int, steps: int) -> TrainConfig:
         """This record with every None that the base and the number of steps decide filled in."""
         mode = self.mode or ("all" if self.is_scratch else "memory")
-        tenth = max(1, steps // 10)
+        # rounded up: the last tenth is the end of the run
+        tenth = -(-steps // 10)
         return replace(
             self,
             mode=mode,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any, Protocol
@@ -110,5 +111,10 @@ def duration(seconds: float) -> str:
 
 
 def shown_progress() -> Progress:
-    """A bar where stderr is a terminal, else lines."""
-    return Bar() if sys.stderr.isatty() else Lines()
+    """A bar where stderr is a terminal of some size, else lines."""
+    try:
+        size = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return Lines()
+    # a terminal without anyone before it, as in containers, is of size 0 and tqdm draws nothing there
+    return Bar() if sys.stderr.isatty() and size.columns and size.lines else Lines()

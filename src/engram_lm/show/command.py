@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +64,22 @@ def generate_command(
 
 
 def write_heat(
-    tokens: Any, tokenizer: Any, *, scale: Any, where: str, show_prompt: bool = True
-) -> Scale | None:
-    """Stream tokens to stdout. `scale` makes a Scale from the prompt's strengths; None writes plain text."""
+    tokens: Any,
+    tokenizer: Any,
+    *,
+    scale: Callable[[list[float]], Scale] | Scale | None,
+    where: str,
+    show_prompt: bool = True,
+) -> str:
+    """Stream tokens to stdout and return their text. `scale` None writes plain text; a function makes one from the
+    strengths of the prompt, and then a legend comes first."""
     from engram_lm.show.decoding import PieceDecoder
 
-    decoder, held, chosen = PieceDecoder(tokenizer), 0.0, None
+    decoder, held, written = PieceDecoder(tokenizer), 0.0, []
     waiting, tokens = _prompt_first(tokens)
-    if scale is not None:
-        chosen = scale([token.strength for token in waiting])
-        print(legend(chosen, where=where), flush=True)
+    if callable(scale):
+        scale = scale([token.strength for token in waiting])
+        print(legend(scale, where=where), flush=True)
     for token in itertools.chain(waiting, tokens):
         held = max(held, token.strength)
         piece = decoder.add(token.id)
@@ -80,10 +87,12 @@ def write_heat(
             held = 0.0
             continue
         if piece:
-            print(paint(piece, chosen.heat(held)) if chosen else piece, end="", flush=True)
+            print(paint(piece, scale.heat(held)) if scale else piece, end="", flush=True)
+            written.append(piece)
             held = 0.0
-    print(decoder.end())
-    return chosen
+    written.append(decoder.end())
+    print(written[-1])
+    return "".join(written)
 
 
 def _prompt_first(tokens: Any) -> tuple[list[Any], Any]:
@@ -96,7 +105,14 @@ def _prompt_first(tokens: Any) -> tuple[list[Any], Any]:
     return waiting, tokens
 
 
-def scale_for(directory: Path, quantity: Quantity, full: float | None, strengths: list[float]) -> Scale:
+def scale_for(
+    directory: Path,
+    quantity: Quantity,
+    full: float | None,
+    strengths: list[float],
+    *,
+    of: str = "of the prompt",
+) -> Scale:
     """What full red means: what was asked for, else what the run measured, else the strongest token of the prompt."""
     if quantity == "gate":
         return Scale("gate", 1.0, "an open gate")
@@ -109,7 +125,7 @@ def scale_for(directory: Path, quantity: Quantity, full: float | None, strengths
     return Scale(
         "share",
         strongest or 1.0,
-        "the strongest token of the prompt" if strongest else "memory adds nothing here",
+        f"the strongest token {of}" if strongest else "memory adds nothing here",
     )
 
 

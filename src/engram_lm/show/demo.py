@@ -14,7 +14,7 @@ from typing import Any
 import engram_lm
 from engram_lm.errors import CheckpointError, MissingExtraError
 from engram_lm.show.command import console, scale_for, write_heat
-from engram_lm.show.heat import ColourWish, wants_colour
+from engram_lm.show.heat import ColourWish, Scale, legend, wants_colour
 
 PROMPTS = (
     "Alexander the Great was",
@@ -54,38 +54,43 @@ def demo_command(*, memory: Path | None, max_new_tokens: int, color: ColourWish)
         f"the memory is attached before blocks {blocks}: {sum(t.n_rows for t in tables):,} rows of {tables[0].width}, "
         f"{sum(t.n_rows * t.bytes_per_row for t in tables) / 1e6:.0f} MB in use"
     )
-    for prompt in PROMPTS:
-        _compare(model, tokenizer, directory, prompt, max_new_tokens=max_new_tokens, color=color)
+    scale = _scale(model, tokenizer, directory) if wants_colour(sys.stdout, color) else None
+    print("\n" + (legend(scale) if scale else "Where memory adds most is shown in colour, on a terminal."))
+    changed = sum(
+        _compare(model, tokenizer, prompt, max_new_tokens=max_new_tokens, scale=scale) for prompt in PROMPTS
+    )
+    print()
     clock.say(f"{len(PROMPTS)} texts are generated, with memory and without")
     _one_token(model, tokenizer, PROMPTS[0])
     print(
-        "\nWhat this shows: rows learned from a little encyclopaedia text, looked up by the last two or three tokens, change "
-        "what a frozen model says next.\nWhat it cannot do: it holds word patterns, not documents; it is no source to "
-        "quote, and a fact that it did not see often is not in it."
+        f"\nWhat this shows: rows looked up by the last two or three tokens reach a frozen model, and {changed} of "
+        f"{len(PROMPTS)} texts go on in other words.\nWhat it cannot do: it holds word patterns, not documents; it is no "
+        "source to quote, and what it did not see often is not in it."
     )
 
 
-def _compare(
-    model: Any, tokenizer: Any, directory: Path, prompt: str, *, max_new_tokens: int, color: ColourWish
-) -> None:
-    from engram_lm.show.speaking import View, prompt_ids, speak
+def _scale(model: Any, tokenizer: Any, directory: Path) -> Scale:
+    """One scale for all texts, so that their reds can be compared."""
+    from engram_lm.show.speaking import prompt_ids, speak
 
-    ids, view = prompt_ids(tokenizer, prompt), View()
-    coloured = wants_colour(sys.stdout, color)
-    print("\nmemory on" + ("" if coloured else " (colour needs a terminal)"))
-    write_heat(
-        speak(model, tokenizer, ids, max_new_tokens=max_new_tokens, view=view),
-        tokenizer,
-        scale=(lambda strengths: scale_for(directory, "share", None, strengths)) if coloured else None,
-        where=view.told,
-    )
-    print("memory off")
-    write_heat(
-        speak(model, tokenizer, ids, max_new_tokens=max_new_tokens, memory="off"),
-        tokenizer,
-        scale=None,
-        where=view.told,
-    )
+    strengths = [
+        token.strength
+        for prompt in PROMPTS
+        for token in speak(model, tokenizer, prompt_ids(tokenizer, prompt), max_new_tokens=0)
+    ]
+    return scale_for(directory, "share", None, strengths, of="of the prompts")
+
+
+def _compare(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, scale: Scale | None) -> bool:
+    """Print a text with memory and without; True where they differ."""
+    from engram_lm.show.speaking import prompt_ids, speak
+
+    ids, texts = prompt_ids(tokenizer, prompt), []
+    for memory in ("on", "off"):
+        print(f"\nmemory {memory}:", flush=True)
+        tokens = speak(model, tokenizer, ids, max_new_tokens=max_new_tokens, memory=memory)
+        texts.append(write_heat(tokens, tokenizer, scale=scale if memory == "on" else None, where=""))
+    return texts[0] != texts[1]
 
 
 def _one_token(model: Any, tokenizer: Any, text: str) -> None:

@@ -63,11 +63,11 @@ def paint(text: str, heat: float) -> str:
     return "\n".join(start + line + RESET if line else "" for line in text.split("\n"))
 
 
-def legend(scale: Scale, *, where: str = "the strongest block") -> str:
+def legend(scale: Scale, *, where: str = "strongest block") -> str:
     """One line: the ramp, its two ends, and what they measure."""
     ramp = "".join(paint("  ", (step + 0.5) / 10) for step in range(10))
     what = {
-        "share": "|added by memory| / |hidden state|",
+        "share": "|added| / |hidden|",
         "gate": "gate, 0.5 where rows are zero",
     }[scale.quantity]
     return f"{scale.quantity} 0 {ramp} {scale.full:.2g}+   {what}, {where}; full red: {scale.why}"

@@ -61,7 +61,7 @@ class View:
 
     @property
     def told(self) -> str:
-        where = "the strongest block" if self.block is None else f"block {self.block}"
+        where = "strongest block" if self.block is None else f"block {self.block}"
         return where if self.branch is None else f"{where}, branch {self.branch}"
 
 
