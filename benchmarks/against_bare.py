@@ -6,6 +6,9 @@ it is timed once a repeat, beside an arm for each draw.
 
     result = measure(subject, bare, options)
 
+malloc is told to keep freed memory, unless --plain-malloc: page faults are no one's arithmetic, but in most processes
+they are part of the time, and more of it the more temporaries an implementation makes.
+
 Added times are small differences of large times. Two measurements are steadier: `parts_s` times the pieces of the memory
 inside the running model, and `layer_alone` one memory layer, and the hashing for all of them, without the model.
 """
@@ -18,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from machine import peak_memory_bytes
 from shape import DRAWS, HIDDEN, draw_ids
-from timing import Parts, alternate, summary
+from timing import Parts, alternate, keep_freed_memory, summary
 
 MEASUREMENTS = ["forward", "decode_step", "training_step", "layer_alone"]
 LEARNING_RATE = 4e-4
@@ -67,10 +70,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draws", nargs="+", choices=DRAWS, default=["zipf", "text"], help="what ids to draw"
     )
+    parser.add_argument(
+        "--plain-malloc",
+        action="store_true",
+        help="as in most processes: freed memory goes back to the kernel",
+    )
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=MEASUREMENTS, help="what to time")
 
 
-def make_quick(options: argparse.Namespace) -> None:
+def settle_options(options: argparse.Namespace) -> None:
+    """Make the run short, and malloc keep freed memory, as asked."""
+    if not options.plain_malloc:
+        keep_freed_memory()
+    if not options.quick:
+        return
     options.batch, options.tokens, options.decode_steps = 2, 64, 16
     options.forward_repeats, options.training_repeats, options.layer_repeats = 1, 1, 1
 

@@ -4,9 +4,9 @@
     ENGRAM_PEFT_PYTHON=peer/bin/python make bench-core      # with the packaged peer, see peer_engram_peft.py
     python benchmarks/core.py --quick                       # does it run at all; its numbers mean nothing
 
-CPU time of one thread, float32, medians with least and most. Three minutes, with the peer six. The peer is timed by its
-own interpreter right before ours, with the same code (`against_bare`) and its own bare model; what is compared are
-absolute times, and also times over that process's own bare model, which a drift of the machine leaves alone.
+CPU time of one thread, float32, medians with least and most. Three minutes on a quiet core, with the peer six. The peer
+is timed by its own interpreter right before ours, with the same code (`against_bare`) and its own bare model. What is
+compared are absolute times, and times over that process's own bare model, which a drift of the machine leaves alone.
 
 The last line is one JSON object, also written to benchmarks/results/core.json. Nothing fails when a limit is missed:
 `wanted` says which were met.
@@ -28,7 +28,7 @@ import addresses
 import layer
 import llama
 import torch
-from against_bare import add_options, make_quick
+from against_bare import add_options, settle_options
 from machine import circumstances
 
 HERE = Path(__file__).resolve().parent
@@ -53,8 +53,11 @@ def peer_timings(options: argparse.Namespace) -> dict | None:
         "--only",
         *options.peer_only,
     ]
-    if options.quick:
-        command.append("--quick")
+    # shape and settings must be ours
+    for name in ("batch", "tokens", "forward_repeats", "training_repeats", "layer_repeats", "decode_steps"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    asked = {"--quick": options.quick, "--plain-malloc": options.plain_malloc}
+    command += ["--branches", str(options.peer_branches), *(flag for flag, yes in asked.items() if yes)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{PEER_PYTHON}={python}: the peer's benchmark failed.\n{done.stderr[-2000:]}")
@@ -70,12 +73,29 @@ def memory_layers_s(timings: dict, draw: str, *, hashing: bool) -> float | None:
     return seconds + alone[draw]["hash_all_layers"]["median_s"] * hashing
 
 
+def inside_forward_s(timings: dict, draw: str) -> float | None:
+    """Seconds of a forward that are spent in the memory's own pieces, hashing included."""
+    forward = timings.get("forward")
+    if forward is None:
+        return None
+    parts = forward[draw]["parts_s"]
+    hashing = parts.get("canonical_ids_and_hash")
+    return parts["layers_total"] + (parts["canonical_ids"] + parts["hash"] if hashing is None else hashing)
+
+
+def layer_training_s(timings: dict, draw: str) -> float | None:
+    """Seconds of one memory layer alone, forward, backward and its rows' optimizer."""
+    alone = timings.get("layer_alone")
+    return alone and alone[draw]["forward_backward"]["median_s"] + alone[draw]["row_step"]["median_s"]
+
+
 def over(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
+    """a / b; None where one is missing, or is an added time that noise made negative."""
+    return None if a is None or b is None or a <= 0 or b <= 0 else a / b
 
 
 def compared(ours: dict, peer: dict | None, draws: list[str]) -> dict:
-    """Peer over ours. None where the peer, or that measurement of it, is missing."""
+    """Peer over ours; None where there is none. `forward_added` is a small difference: its spread tells what it is worth."""
     theirs = peer or {}
 
     def get(timings, *keys):
@@ -91,6 +111,8 @@ def compared(ours: dict, peer: dict | None, draws: list[str]) -> dict:
             ratios[name] = over(
                 memory_layers_s(theirs, draw, hashing=hashing), memory_layers_s(ours, draw, hashing=hashing)
             )
+        ratios["inside_forward"] = over(inside_forward_s(theirs, draw), inside_forward_s(ours, draw))
+        ratios["layer_alone_training"] = over(layer_training_s(theirs, draw), layer_training_s(ours, draw))
         for measurement in ("forward", "decode_step", "training_step"):
             keys = (measurement, draw, "added_s")
             ratios[f"{measurement}_added"] = over(get(theirs, *keys), get(ours, *keys))
@@ -123,7 +145,7 @@ def wanted(found: dict, draws: list[str]) -> list[dict]:
         for name, ratio in timings["ratio"].items():
             row(f"layer {name} over its products, {draw}", ratio["limit"], "most", ratio["median_ratio"])
     for draw in draws:
-        for name in ("layers_alone", "layers_alone_with_hashing", "forward_added"):
+        for name in ("layers_alone", "layers_alone_with_hashing", "inside_forward", "forward_added"):
             value = found["peer_over_ours"][draw][name]
             row(f"peer over ours, {name}, {draw}", LESS_ADDED_TIME, "least", value)
     value = found["peer_over_ours"]["optimizer_state_ours_over_peer"]
@@ -178,17 +200,16 @@ def main() -> None:
     parser.add_argument(
         "--full", action="store_true", help="time the peer's training as well, two minutes more"
     )
+    parser.add_argument("--peer-branches", type=int, default=1, help="hc_mult of the peer; its default is 4")
     parser.add_argument(
         "--out", type=Path, help=f"where the JSON goes; default {RESULT.relative_to(HERE.parent)}"
     )
     options = parser.parse_args()
-    if options.quick:
-        make_quick(options)
     options.peer_only = [name for name in options.only if options.full or name != "training_step"]
 
     started = time.time()
     torch.set_num_threads(1)
-    found: dict = {"benchmark": "core", "quick": options.quick}
+    found: dict = {"benchmark": "core", "quick": options.quick, "plain_malloc": options.plain_malloc}
     found |= circumstances("engram-lm", "torch", "transformers", "numpy", "numba")
     found |= {"threads": 1, "dtype": "float32", "clock": "CPU time", "command": " ".join(sys.argv)}
 
@@ -198,7 +219,7 @@ def main() -> None:
     for measured in found["addresses"]:
         print(addresses.readable(measured), flush=True)
 
-    timing.keep_freed_memory()
+    settle_options(options)
     few = {"repeats": 1, "rows_per_head": 10_007} if options.quick else {}
     found["layer"] = {draw: layer.measure(draw=draw, **few) for draw in options.draws}
     for draw, measured in found["layer"].items():

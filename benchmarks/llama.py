@@ -15,7 +15,7 @@ import timing
 timing.one_thread()
 
 import torch
-from against_bare import LEARNING_RATE, LayerAlone, add_options, make_quick, measure, state_bytes
+from against_bare import LEARNING_RATE, LayerAlone, add_options, measure, settle_options, state_bytes
 from machine import circumstances
 from shape import (
     BLOCKS,
@@ -121,12 +121,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_options(parser)
     options = parser.parse_args()
-    if options.quick:
-        make_quick(options)
-    timing.keep_freed_memory()
+    settle_options(options)
     torch.set_num_threads(1)
+    asked = {"quick": options.quick, "plain_malloc": options.plain_malloc}
     found = circumstances("torch", "transformers", "numpy", "numba")
-    print(json.dumps({"benchmark": "llama", "quick": options.quick, **found, **benchmark(options)}))
+    print(json.dumps({"benchmark": "llama", **asked, **found, **benchmark(options)}))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ os.environ.pop("ENGRAM_DEBUG_SHAPES", None)
 os.environ.pop("WORLD_SIZE", None)
 
 import torch
-from against_bare import LEARNING_RATE, LayerAlone, add_options, make_quick, measure, state_bytes
+from against_bare import LEARNING_RATE, LayerAlone, add_options, measure, settle_options, state_bytes
 from engram_peft import EngramConfig, get_engram_model, get_optimizer
 from machine import circumstances, peak_memory_bytes
 from shape import (
@@ -138,10 +138,8 @@ def main() -> None:
     parser.add_argument("--branches", type=int, default=1, help="hc_mult of the peer; its default is 4")
     parser.add_argument("--train-mode", choices=["full_finetune", "engram_only"], default="full_finetune")
     options = parser.parse_args()
-    if options.quick:
-        make_quick(options)
+    settle_options(options)
 
-    timing.keep_freed_memory()
     torch.set_num_threads(1)
     started = time.time()
     bare, peer = random_llama(), Peer(branches=options.branches, train_mode=options.train_mode)
@@ -150,6 +148,7 @@ def main() -> None:
     result = {
         "benchmark": "peer_engram_peft",
         "quick": options.quick,
+        "plain_malloc": options.plain_malloc,
         **circumstances("engram-peft", "torch", "transformers", "numpy"),
         "threads": torch.get_num_threads(),
         "dtype": "float32",

@@ -55,7 +55,7 @@ def test_every_measurement_is_there(report):
 def test_without_a_peer_its_numbers_are_null(report):
     assert report["peer"] is None
     of_peer = [row for row in report["wanted"] if "peer" in row["what"]]
-    assert len(of_peer) == 7
+    assert len(of_peer) == 9
     assert all(row["value"] is None and row["met"] is None for row in of_peer)
 
 
