@@ -21,7 +21,12 @@ SMALL = {"vocab_size": 258, "num_hidden_layers": 4, "hidden_size": 32, "max_posi
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+LINEAR = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
 
 
 def tokenizer() -> hf.PreTrainedTokenizerFast:
@@ -57,7 +62,9 @@ def _config(name: str) -> Any:
             **grouped, **EXPERTS, **LINEAR, head_dim=8, num_experts=4, shared_expert_intermediate_size=16
         ),
         "lfm2": lambda: hf.Lfm2Config(
-            **grouped, layer_types=["conv", "full_attention", "conv", "full_attention"], block_auto_adjust_ff_dim=False
+            **grouped,
+            layer_types=["conv", "full_attention", "conv", "full_attention"],
+            block_auto_adjust_ff_dim=False,
         ),
         "gemma": lambda: hf.GemmaConfig(**grouped, head_dim=8),
         "gemma2": lambda: hf.Gemma2Config(**grouped, **sliding, head_dim=8),
@@ -174,9 +181,17 @@ _MEMORIES = {
     # with and without conv, of different reach, on one block and on others
     "several": [
         MemoryConfig(layers=(1, 2), name="long", rows_per_head=211, head_width=8, heads=2),
-        MemoryConfig(layers=(0, 2), name="bare", profile="deepseek-v4.1", rows_per_head=101, head_width=4, heads=2),
         MemoryConfig(
-            layers=(1,), name="short", profile="qwen-ple", orders=(2,), heads=2, rows_per_head=101, head_width=8
+            layers=(0, 2), name="bare", profile="deepseek-v4.1", rows_per_head=101, head_width=4, heads=2
+        ),
+        MemoryConfig(
+            layers=(1,),
+            name="short",
+            profile="qwen-ple",
+            orders=(2,),
+            heads=2,
+            rows_per_head=101,
+            head_width=8,
         ),
     ],
 }
@@ -201,7 +216,9 @@ def make_loud(model: nn.Module, *, seed: int = 1) -> None:
                 for name, parameter in slot.named_parameters():
                     if name != "handle":
                         noise = torch.randn(parameter.shape, generator=generator)
-                        around, spread = {"conv_weight": (0.0, 0.7), "projection.weight": (0.0, 0.3)}.get(name, (1.0, 0.3))
+                        around, spread = {"conv_weight": (0.0, 0.7), "projection.weight": (0.0, 0.3)}.get(
+                            name, (1.0, 0.3)
+                        )
                         parameter.copy_(around + spread * noise)
 
 

@@ -61,7 +61,7 @@ def attach(
     memory = build_memory(config, decoder, tokenizer, token_map=token_map, like=like)
     runtime = getattr(decoder.module, _ATTRIBUTE, None)
     if runtime is None:
-        runtime = MemoryRuntime(decoder, base=base or _base_of(model), tokenizer=tokenizer)
+        runtime = MemoryRuntime(decoder, base=base or _base_of(model), tokenizer=tokenizer, model=model)
         setattr(decoder.module, _ATTRIBUTE, runtime)
         decoder.module.engram = nn.ModuleDict()
         _remember_saving(model)

@@ -6,17 +6,20 @@
       after the decoder:   a cache that the decoder made for itself gets its memory state
 
 The call travels as a keyword argument from the decoder to its blocks, so that nothing of one forward is kept where
-another could find it. Hooks are bound methods of objects, so that a deep copy of the model is a working copy.
+another could find it; to decoders that pass nothing on (Falcon, Bloom, GPT-J) as a context variable, which belongs to one
+thread. Hooks are bound methods of objects, so that a deep copy of the model is a working copy.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, LinearAttentionCacheLayerMixin
 
 from engram_lm.attachment.memory import Memory, MemorySlot
 from engram_lm.attachment.structure import Decoder
@@ -35,20 +38,34 @@ class MemoryCall:
         self.window, self.addresses = window, addresses
 
 
+# The runtime and call of the decoder that runs in this thread; read only by blocks that got no keyword.
+_NOW: ContextVar[tuple[Any, MemoryCall | None] | None] = ContextVar("engram_call", default=None)
+
+# `memory` and `memory_ids` as the whole model was called with them: some models do not hand them to their decoder.
+_ASKED: ContextVar[dict[str, Any] | None] = ContextVar("engram_asked", default=None)
+
+
 class MemoryRuntime:
     """The memories of one model and the hooks that run them."""
 
-    def __init__(self, decoder: Decoder, *, base: Any, tokenizer: Any) -> None:
+    def __init__(self, decoder: Decoder, *, base: Any, tokenizer: Any, model: nn.Module) -> None:
         self.base, self.tokenizer = base, tokenizer
         self.decoder_class = type(decoder.module).__name__
         self.n_blocks = len(decoder.blocks)
         self.decoder_config = decoder.module.config
+        self.argument_names = tuple(inspect.signature(decoder.module.forward).parameters)
+        self.sequence = SequenceTraits.of(decoder)
         self.memories: dict[str, Memory] = {}
         self.sink: list[LayerTrace] | None = None
         self.handles: list[Any] = [
             decoder.module.register_forward_pre_hook(self.before_decoder, with_kwargs=True),
-            decoder.module.register_forward_hook(self.after_decoder, with_kwargs=True),
+            decoder.module.register_forward_hook(self.after_decoder, with_kwargs=True, always_call=True),
         ]
+        if model is not decoder.module:
+            self.handles += [
+                model.register_forward_pre_hook(self.before_model, with_kwargs=True),
+                model.register_forward_hook(self.after_model, always_call=True),
+            ]
         for index, block in enumerate(decoder.blocks):
             hook = _BlockHook(self, index)
             self.handles.append(block.register_forward_pre_hook(hook.before_block, with_kwargs=True))
@@ -57,41 +74,75 @@ class MemoryRuntime:
         for handle in self.handles:
             handle.remove()
 
+    # ---- around the whole model ----------------------------------------------------------------------------------
+
+    def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if not torch.compiler.is_compiling():
+            _ASKED.set({name: kwargs[name] for name in ("memory", "memory_ids") if name in kwargs})
+
+    def after_model(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            _ASKED.set(None)
+
     # ---- before the decoder -------------------------------------------------------------------------------------
 
     def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        switch = kwargs.pop("memory", "on")
-        given_ids = kwargs.pop("memory_ids", None)
+        asked = None if torch.compiler.is_compiling() else _ASKED.get()
+        asked = {**(asked or {}), **kwargs}
+        switch, given_ids = asked.get("memory", "on"), asked.get("memory_ids")
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("memory", "memory_ids")}
         if switch not in ("on", "off"):
             raise ConfigError(f'memory is "on" or "off"; got {switch!r}.')
         active = [memory for memory in self.memories.values() if memory.enabled]
-        if switch == "off" or not active:
-            return args, {**kwargs, CALL: None}
-        ids_BT = _ids(args, kwargs, given_ids)
-        cache = kwargs.get("past_key_values")
+        call = None
+        if switch == "on" and active:
+            call = self.begin_call(module, self._given(args, kwargs), given_ids, active)
+        if not torch.compiler.is_compiling():
+            _NOW.set((self, call))
+        return args, {**kwargs, CALL: call}
+
+    def begin_call(
+        self, module: nn.Module, given: dict, given_ids: Tensor | None, active: list[Memory]
+    ) -> MemoryCall:
+        """Window and addresses of a decoder call with the arguments `given` by name."""
+        ids_BT = _ids(given, given_ids)
+        _refuse_paged(given)
+        cache = given.get("past_key_values")
         if isinstance(cache, EncoderDecoderCache) or (cache is not None and not isinstance(cache, Cache)):
             raise StateError(f"Memory keeps its state in a transformers Cache; got {type(cache).__name__}.")
-        use_cache = kwargs.get("use_cache")
+        use_cache = given.get("use_cache")
         if use_cache is None:
             # read now: Trainer and gradient checkpointing change it after attach
             use_cache = getattr(self.decoder_config, "use_cache", False)
+        if getattr(module, "gradient_checkpointing", False) and module.training:
+            use_cache = False  # as the decoder will
         keep = max(memory.keep for memory in active)
         past = 0 if cache is None else cache.get_seq_length()
-        real_BT = _real(kwargs.get("attention_mask"), ids_BT, past)
-        starts_BT = _starts(kwargs, ids_BT, real_BT, use_cache=bool(use_cache) or cache is not None)
+        real_BT = _real(given.get("attention_mask"), ids_BT, past)
+        starts_BT = _starts(given, ids_BT, real_BT, use_cache=bool(use_cache) or cache is not None)
+        if not torch.compiler.is_compiling():
+            self.sequence.check(given, starts_BT, past=int(past), n_chunk=ids_BT.shape[1])
         state = None
+        names = tuple(memory.name for memory in active)
         if cache is not None:
-            state = state_of(cache, n_layers=self.n_blocks, keep=keep)
+            state = state_of(cache, n_layers=self.n_blocks, keep=keep, memories=names)
         elif use_cache:
             # the decoder is about to make a cache of its own kind; `after_decoder` puts this state into it
-            state = MemoryState(keep=keep, fixed=False)
+            state = MemoryState(keep=keep, fixed=False, memories=names)
         window = Window.begin(ids_BT, real_BT, starts_BT=starts_BT, state=state, keep=keep)
-        addresses = {memory.name: memory.addresses(window) for memory in active}
-        return args, {**kwargs, CALL: MemoryCall(window, addresses)}
+        return MemoryCall(window, {memory.name: memory.addresses(window) for memory in active})
+
+    def _given(self, args: tuple, kwargs: dict) -> dict:
+        """The decoder's arguments by name, however they were passed."""
+        return {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
 
     def after_decoder(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _NOW.set(None)
         call = kwargs.get(CALL)
-        if call is None or call.window.state is None or kwargs.get("past_key_values") is not None:
+        if call is None or call.window.state is None or output is None:
+            return output
+        if self._given(args, kwargs).get("past_key_values") is not None:
             return output
         values = output if isinstance(output, tuple) else output.values()
         for value in values:
@@ -132,19 +183,27 @@ class _BlockHook:
         self.runtime, self.index = runtime, index
 
     def before_block(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if CALL not in kwargs:
-            raise ModelError(
-                f"{self.runtime.decoder_class} does not pass keyword arguments on to its blocks, so memory cannot reach "
-                "them. This architecture is not supported."
-            )
         kwargs = dict(kwargs)
-        call = kwargs.pop(CALL)
+        call = kwargs.pop(CALL) if CALL in kwargs else self._call_of_thread()
         if call is None:
             return args, kwargs
         if args:
             return (self.runtime.add_to(args[0], call, self.index), *args[1:]), kwargs
         kwargs["hidden_states"] = self.runtime.add_to(kwargs["hidden_states"], call, self.index)
         return args, kwargs
+
+    def _call_of_thread(self) -> MemoryCall | None:
+        name = self.runtime.decoder_class
+        if torch.compiler.is_compiling():
+            raise ModelError(
+                f"{name} passes no keyword arguments to its blocks, so memory in it cannot be compiled."
+            )
+        now = _NOW.get()
+        if now is None or now[0] is not self.runtime:
+            raise ModelError(
+                f"A block of {name} ran outside its decoder's forward, so memory does not know the token ids."
+            )
+        return now[1]
 
 
 def _refuse_distributed(slot: MemorySlot) -> None:
@@ -161,10 +220,8 @@ def _refuse_distributed(slot: MemorySlot) -> None:
 # ---- reading the decoder's arguments ---------------------------------------------------------------------------------
 
 
-def _ids(args: tuple, kwargs: dict, given_ids: Tensor | None) -> Tensor:
-    ids = kwargs.get("input_ids")
-    if ids is None and args:
-        ids = args[0]
+def _ids(given: dict, given_ids: Tensor | None) -> Tensor:
+    ids = given.get("input_ids")
     if given_ids is not None:
         if ids is not None:
             raise ModelError("memory_ids goes with inputs_embeds; input_ids are the ids already.")
@@ -174,7 +231,7 @@ def _ids(args: tuple, kwargs: dict, given_ids: Tensor | None) -> Tensor:
             "Memory is addressed by token ids, and this call has inputs_embeds without ids. Pass input_ids, add "
             'memory_ids=ids of the same length, or call with memory="off".'
         )
-    embeds = kwargs.get("inputs_embeds")
+    embeds = given.get("inputs_embeds")
     if embeds is not None and embeds.shape[:2] != ids.shape:
         raise ModelError(
             f"memory_ids has shape {tuple(ids.shape)}; inputs_embeds has {tuple(embeds.shape[:2])} tokens."
@@ -188,25 +245,49 @@ def _real(mask: Any, ids_BT: Tensor, past: Any) -> Tensor | None:
         mask = mask.get("full_attention", next(iter(mask.values())))
     if mask is None:
         return None
+    if mask.dim() not in (2, 4):
+        raise ModelError(f"attention_mask has {mask.dim()} dimensions; memory reads padding from 2 or 4.")
     n_chunk = ids_BT.shape[1]
+    # The column of the chunk's first place: masks may be longer than the sequence (static caches), and those of sliding
+    # windows shorter, ending with the chunk. `past` is a tensor on static caches.
+    last = mask.shape[-1] - n_chunk
+    first = min(past, last) if isinstance(past, int) else past.to(mask.device).clamp(max=last)
+    own_T = torch.arange(n_chunk, device=mask.device) + first
     if mask.dim() == 2:
-        real_BT = mask[:, -n_chunk:].bool()
-        if not isinstance(past, Tensor) and mask.shape[1] > past + n_chunk:
-            real_BT = mask[:, past : past + n_chunk].bool()
-    elif mask.dim() == 4:
-        # a query that may not see its own place is padding; the own column of query t is past + t
-        own_T = torch.arange(n_chunk, device=mask.device) + past
-        if mask.shape[-1] < n_chunk or (not isinstance(past, Tensor) and past + n_chunk > mask.shape[-1]):
-            own_T = torch.arange(n_chunk, device=mask.device) + (mask.shape[-1] - n_chunk)
+        real_BT = mask.index_select(1, own_T).bool()
+    else:
+        # a query that may not see its own place is padding
         index = own_T[None, :, None].expand(mask.shape[0], -1, 1)
         own_BT = mask[:, 0].gather(2, index)[..., 0]
         real_BT = own_BT if own_BT.dtype == torch.bool else own_BT == 0
-    else:
-        raise ModelError(f"attention_mask has {mask.dim()} dimensions; memory reads padding from 2 or 4.")
+        if not torch.compiler.is_compiling():
+            _refuse_hidden_neighbours(mask, own_T, real_BT)
     real_BT = real_BT.to(ids_BT.device).expand(ids_BT.shape)
     if not torch.compiler.is_compiling() and bool(real_BT.all()):
         return None
     return real_BT
+
+
+def _refuse_hidden_neighbours(mask_BHTK: Tensor, own_T: Tensor, real_BT: Tensor) -> None:
+    """Documents kept apart by a mask (or a tree of guesses) would share n-grams: only causal masks with padding are read."""
+    if own_T.shape[0] < 2:
+        return
+    index = own_T[None, :-1, None].expand(mask_BHTK.shape[0], -1, 1)
+    seen_BT = mask_BHTK[:, 0, 1:].gather(2, index)[..., 0]
+    seen_BT = seen_BT if seen_BT.dtype == torch.bool else seen_BT == 0
+    if bool((real_BT[:, 1:] & real_BT[:, :-1] & ~seen_BT).any()):
+        raise StateError(
+            "The 4-D attention_mask hides the token before a token. Memory reads padding from such masks, not documents: "
+            "pack documents by position_ids that restart, without attention_mask and with use_cache=False."
+        )
+
+
+def _refuse_paged(given: dict) -> None:
+    if given.get("cache") is not None or given.get("block_table") is not None:
+        raise StateError(
+            "Continuous batching (generate_batch) keeps its state in a paged cache that memory is no part of. Use generate, "
+            "or switch the memory off."
+        )
 
 
 def _starts(kwargs: dict, ids_BT: Tensor, real_BT: Tensor | None, *, use_cache: bool) -> Tensor | None:
@@ -238,6 +319,45 @@ def _starts(kwargs: dict, ids_BT: Tensor, real_BT: Tensor | None, *, use_cache: 
             "attention_mask and with use_cache=False. Pass both that way."
         )
     return None
+
+
+class SequenceTraits:
+    """What the base itself does not keep apart: where its own answer would be wrong, memory refuses to add to it."""
+
+    def __init__(self, *, recurrent: bool, sliding_window: int | None) -> None:
+        self.recurrent, self.sliding_window = recurrent, sliding_window
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> "SequenceTraits":
+        layers = DynamicCache(config=decoder.module.config).layers
+        windows = [layer.sliding_window for layer in layers if getattr(layer, "is_sliding", False)]
+        recurrent = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
+        return cls(recurrent=recurrent, sliding_window=min(windows, default=None))
+
+    def check(self, given: dict, starts_BT: Tensor | None, *, past: int, n_chunk: int) -> None:
+        """StateError for packed documents or padding between tokens where this base gets them wrong. Eager only."""
+        aware = any(given.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q"))
+        if self.recurrent and starts_BT is not None and not aware:
+            raise StateError(
+                "position_ids restart (packed documents), but this model has recurrent or convolutional layers, which run "
+                "across documents. Run the documents as rows of a padded batch."
+            )
+        total = past + n_chunk
+        slides = self.sliding_window is not None and total > self.sliding_window
+        mask = given.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or not (self.recurrent or slides):
+            return
+        if self.recurrent and mask.shape[1] > total:
+            raise StateError(
+                f"attention_mask covers {mask.shape[1]} places, the sequence has {total}. Recurrent and convolutional "
+                "layers would read the wrong part of it: cut the mask to the sequence."
+            )
+        if past and bool((mask[:, : total - 1].bool() & ~mask[:, 1:total].bool()).any()):
+            kind = "recurrent or convolutional layers" if self.recurrent else "a sliding window"
+            raise StateError(
+                f"There is padding between tokens (a right-padded prompt that goes on), which {kind} of this model count as "
+                "text. Pad on the left."
+            )
 
 
 # ---- trace -----------------------------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise ModelError(
             f"{type(module).__name__}.forward takes no **kwargs, so memory cannot hand the token ids to its blocks."
         )
+    if "past_key_values" not in inspect.signature(module.forward).parameters:
+        raise ModelError(
+            f"{type(module).__name__}.forward takes no past_key_values: it keeps its state in another kind of cache, which "
+            "memory cannot be part of."
+        )
     eps = _first(
         text_config, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon"
     )

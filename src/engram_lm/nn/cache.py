@@ -30,21 +30,26 @@ ABSENT = -1
 class MemoryState(DummyLayer):
     """Past ids [B, N] and conv inputs {key: [B, N, C]}; N grows, or is `keep` for static caches."""
 
-    def __init__(self, *, keep: int, fixed: bool) -> None:
+    def __init__(self, *, keep: int, fixed: bool, memories: tuple[str, ...] = ()) -> None:
         super().__init__()
         self.keep, self.fixed = keep, fixed
+        # names of the memories that computed the prefix
+        self.memories = memories
         self.is_croppable = not fixed
         self.ids: Tensor | None = None
         self.conv_inputs: dict[Any, Tensor] = {}
-        # tokens seen so far, to be compared with the cache's own length; padding counts, as it does there
-        self.seen = 0
+        # tokens seen so far, to be compared with the cache's own length; padding counts, as it does there. A tensor once
+        # a fixed state is in use: as a number it would be part of a compiled graph, which is then compiled again
+        self.seen: int | Tensor = 0
 
     def begin_ids(self, ids_BT: Tensor) -> Tensor:
         """Past ids [B, n] (n <= keep, ABSENT where a row has fewer), before remembering the chunk."""
         if self.fixed:
             if self.ids is None:
                 self.ids = ids_BT.new_full((ids_BT.shape[0], self.keep), ABSENT)
+                self.seen = torch.zeros((), dtype=torch.int64, device=ids_BT.device)
                 _mark_static(self.ids)
+                _mark_static(self.seen)
             return self.ids.clone()
         past = ids_BT.new_empty((ids_BT.shape[0], 0)) if self.ids is None else self.ids
         if past.shape[0] != ids_BT.shape[0]:
@@ -86,13 +91,14 @@ class MemoryState(DummyLayer):
         self.seen = max(0, self.seen + tokens_to_remove)
 
     def reset(self) -> None:
-        self.seen = 0
         if self.fixed:
             if self.ids is not None:
                 self.ids.fill_(ABSENT)
+                self.seen.zero_()
             for tensor in self.conv_inputs.values():
                 tensor.zero_()
         else:
+            self.seen = 0
             self.ids = None
             self.conv_inputs = {}
 
@@ -242,8 +248,8 @@ def _mark_static(tensor: Tensor) -> None:
         torch._dynamo.mark_static_address(tensor)
 
 
-def state_of(cache: Cache, *, n_layers: int, keep: int) -> MemoryState:
-    """The memory state of `cache`, appended on first use. StateError when its prefix was computed without the memory."""
+def state_of(cache: Cache, *, n_layers: int, keep: int, memories: tuple[str, ...] = ()) -> MemoryState:
+    """The memory state of `cache`, appended on first use. StateError when its prefix was computed without the memories."""
     found = find_state(cache)
     if found is None:
         if not torch.compiler.is_compiling() and int(cache.get_seq_length()) > 0:
@@ -253,13 +259,23 @@ def state_of(cache: Cache, *, n_layers: int, keep: int) -> MemoryState:
         # a lazily grown DynamicCache() would otherwise take our layer for the model's first
         while cache.layer_class_to_replicate is not None and len(cache.layers) < n_layers:
             cache.layers.append(cache.layer_class_to_replicate())
-        found = MemoryState(keep=keep, fixed=isinstance(cache, StaticCache))
+        found = MemoryState(keep=keep, fixed=isinstance(cache, StaticCache), memories=memories)
         cache.layers.append(found)
-    if not torch.compiler.is_compiling() and found.seen != int(cache.get_seq_length()):
+    if not torch.compiler.is_compiling() and int(found.seen) != int(cache.get_seq_length()):
         raise StateError(
-            f"The cache holds {int(cache.get_seq_length())} tokens but its memory state {found.seen}: some of them were "
+            f"The cache holds {int(cache.get_seq_length())} tokens but its memory state {int(found.seen)}: some of them were "
             "computed with the memory off, or by another model. Start from an empty cache."
         )
+    if found.memories != memories:
+        if torch.compiler.is_compiling() or int(found.seen):
+            raise StateError(
+                f"The cache was filled with memories {', '.join(found.memories)}; this forward runs {', '.join(memories)}. "
+                "Start from an empty cache."
+            )
+        # nothing is remembered yet: begin again for the memories that run now
+        fresh = MemoryState(keep=keep, fixed=found.fixed, memories=memories)
+        cache.layers[cache.layers.index(found)] = fresh
+        return fresh
     return found
 
 
