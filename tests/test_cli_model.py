@@ -238,13 +238,23 @@ def test_trace_refuses_in_one_line(text, told, saved, capsys):
 
 
 def test_demo_shows_both_and_ends_with_what_it_cannot_do(saved, capsys):
+    prompts = [{"about": "letters it read", "prompt": "abc"}, {"about": "others", "prompt": "xyz"}]
+    (saved / "prompts.json").write_text(json.dumps(prompts))
     assert cli.run(["demo", "--memory", str(saved), "--max-new-tokens", "3", "--color", "always"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("memory on:\n") == printed.count("memory off:\n") == 3
+    assert printed.count("memory on:\n") == printed.count("memory off:\n") == 2
+    assert "== letters it read" in printed
     assert "the strongest token of the prompts" in printed
     assert "Up close" in printed
     assert "What it cannot do" in printed.splitlines()[-1]
     assert re.search(r"\[ *\d+\.\d s\] the memory is attached before blocks 0, 2", printed)
+
+
+def test_demo_refuses_prompts_it_cannot_read(saved, capsys):
+    (saved / "prompts.json").write_text('[{"prompt": "abc"}]')
+    assert cli.run(["demo", "--memory", str(saved)]) == 2
+    assert "is no list of {about, prompt}" in capsys.readouterr().err
+    (saved / "prompts.json").unlink()
 
 
 def test_demo_without_its_memory_says_where_it_belongs(tmp_path, capsys):

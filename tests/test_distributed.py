@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import build, tokenizer
 from torch.nn.parallel import DistributedDataParallel
 
 from engram_lm import MemoryConfig, attach, memories
 from engram_lm.errors import RowUpdateError
+from models import build, tokenizer
 
 
 def on_one_rank(rank: int, store: str, world: int, out: str) -> None:

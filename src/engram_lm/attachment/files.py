@@ -14,6 +14,7 @@ with files of two saves is refused. Loading compares address identities, sizes, 
 
 import json
 import os
+import re
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,9 @@ def save_memory(
     runtime = _runtime(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for left in directory.glob(".*.*"):
+        if re.fullmatch(r"[0-9a-f]{16}", left.suffix[1:]):
+            left.unlink()  # of a save that was killed
     save_id = secrets.token_hex(8)
     marks = {"save_id": save_id, "format": FORMAT}
     waiting: list[tuple[Path, Path]] = []
@@ -65,10 +69,10 @@ def save_memory(
     def put(name: str, tensors: dict[str, Tensor], **more: str) -> None:
         target = directory / name
         beside = directory / f".{name}.{save_id}"
+        waiting.append((beside, target))
         save_file(
             {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, metadata={**marks, **more}
         )
-        waiting.append((beside, target))
 
     try:
         entries, parameters = [], {}
@@ -101,8 +105,8 @@ def save_memory(
                     }
                 )
             beside = directory / f".tokens-{memory.name}.bin.{save_id}"
-            memory.token_map.save(beside)
             waiting.append((beside, directory / f"tokens-{memory.name}.bin"))
+            memory.token_map.save(beside)
             entries.append({"config": memory.config.to_json(), "tables": tables})
         put("memory.safetensors", parameters)
         kept = _save_base(model, directory, runtime.base, base_files)
@@ -120,7 +124,9 @@ def save_memory(
         beside = directory / f".{MANIFEST}.{save_id}"
         beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")
         waiting.append((beside, directory / MANIFEST))
+        mode = beside.stat().st_mode
         for path, _ in waiting:
+            path.chmod(mode)  # safetensors writes files that only their owner can read
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
     except BaseException:

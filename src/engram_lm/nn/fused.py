@@ -4,6 +4,7 @@ Used by `EngramLayer` where it applies: CPU, float32, not under torch.compile (w
 Everywhere else the plain torch path runs; tests compare the two, values and gradients.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,12 +36,12 @@ def spread(task: Callable[[int, int], None], n: int, *, numbers: int) -> None:
     if n_threads < 2:
         task(0, n)
         return
-    global _pool
+    global _pool  # noqa: PLW0603 - one pool a process, made when first needed
     if _pool is None or _pool[:2] != (os.getpid(), n_threads):
         # threads do not survive a fork
         _pool = (os.getpid(), n_threads, ThreadPoolExecutor(n_threads, thread_name_prefix="engram"))
     cuts = [n * i // n_threads for i in range(n_threads + 1)]
-    for future in [_pool[2].submit(task, a, b) for a, b in zip(cuts, cuts[1:], strict=False)]:
+    for future in [_pool[2].submit(task, a, b) for a, b in itertools.pairwise(cuts)]:
         future.result()
 
 
@@ -57,7 +58,7 @@ class FusedGate(torch.autograd.Function):
         real: Any,
         eps: float,
         signed: bool,
-    ):  # noqa: E501, ANN205
+    ):
         projected, hidden, weight = projected.contiguous(), hidden.contiguous(), weight.contiguous()
         conv_norm = conv_norm.contiguous()
         n, (branches, width) = projected.shape[0], weight.shape
@@ -80,7 +81,7 @@ class FusedGate(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_y: Tensor, grad_u: Tensor, grad_alpha: Any):  # noqa: ANN205
+    def backward(ctx: Any, grad_y: Tensor, grad_u: Tensor, grad_alpha: Any):
         projected, hidden, weight, conv_norm, alpha, stats = ctx.saved_tensors
         n = projected.shape[0]
         grad_projected, grad_hidden = torch.empty_like(projected), torch.empty_like(hidden)
@@ -116,7 +117,7 @@ class FusedConv(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor):  # noqa: ANN205
+    def backward(ctx: Any, grad: Tensor):
         inputs, taps = ctx.saved_tensors
         grad = grad.contiguous()
         batch, _, channels = inputs.shape

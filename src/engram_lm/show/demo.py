@@ -1,11 +1,13 @@
 """`engram-lm demo`: a trained memory on SmolLM2, with and without, and one token of it up close.
 
-The memory lies in the clone at demo/memory (what `save_memory` wrote). SmolLM2 is fetched on first use and kept in the
+The memory lies in the clone at demo/memory (what `save_memory` wrote), with prompts.json beside it: a list of
+{"about": what the prompt is to this memory, "prompt": text}. SmolLM2 is fetched on first use and kept in the
 user's cache; after that nothing is downloaded.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,11 +18,8 @@ from engram_lm.errors import CheckpointError, MissingExtraError
 from engram_lm.show.command import console, scale_for, write_heat
 from engram_lm.show.heat import ColourWish, Scale, legend, wants_colour
 
-PROMPTS = (
-    "Alexander the Great was",
-    "Albert Einstein was born in",
-    "The University of Oxford is",
-)
+# for a memory without prompts of its own
+PROMPTS = ({"about": "a famous name", "prompt": "Alexander the Great was"},)
 
 
 def demo_command(*, memory: Path | None, max_new_tokens: int, color: ColourWish) -> None:
@@ -54,29 +53,43 @@ def demo_command(*, memory: Path | None, max_new_tokens: int, color: ColourWish)
         f"the memory is attached before blocks {blocks}: {sum(t.n_rows for t in tables):,} rows of {tables[0].width}, "
         f"{sum(t.n_rows * t.bytes_per_row for t in tables) / 1e6:.0f} MB in use"
     )
-    scale = _scale(model, tokenizer, directory) if wants_colour(sys.stdout, color) else None
+    prompts = _prompts(directory)
+    scale = _scale(model, tokenizer, directory, prompts) if wants_colour(sys.stdout, color) else None
     print("\n" + (legend(scale) if scale else "Where memory adds most is shown in colour, on a terminal."))
-    changed = sum(
-        _compare(model, tokenizer, prompt, max_new_tokens=max_new_tokens, scale=scale) for prompt in PROMPTS
-    )
+    changed = 0
+    for each in prompts:
+        print(f"\n== {each['about']}")
+        changed += _compare(model, tokenizer, each["prompt"], max_new_tokens=max_new_tokens, scale=scale)
     print()
-    clock.say(f"{len(PROMPTS)} texts are generated, with memory and without")
-    _one_token(model, tokenizer, PROMPTS[0])
+    clock.say(f"{len(prompts)} texts are generated, with memory and without")
+    _one_token(model, tokenizer, prompts[0]["prompt"])
     print(
         f"\nWhat this shows: rows looked up by the last two or three tokens reach a frozen model, and {changed} of "
-        f"{len(PROMPTS)} texts go on in other words.\nWhat it cannot do: it holds word patterns, not documents; it is no "
+        f"{len(prompts)} texts go on in other words.\nWhat it cannot do: it holds word patterns, not documents; it is no "
         "source to quote, and what it did not see often is not in it."
     )
 
 
-def _scale(model: Any, tokenizer: Any, directory: Path) -> Scale:
+def _prompts(directory: Path) -> list[dict[str, str]]:
+    path = directory / "prompts.json"
+    if not path.exists():
+        return list(PROMPTS)
+    try:
+        return [
+            {"about": str(x["about"]), "prompt": str(x["prompt"])} for x in json.loads(path.read_text("utf8"))
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no list of {{about, prompt}}: {error}.") from None
+
+
+def _scale(model: Any, tokenizer: Any, directory: Path, prompts: list[dict[str, str]]) -> Scale:
     """One scale for all texts, so that their reds can be compared."""
     from engram_lm.show.speaking import prompt_ids, speak
 
     strengths = [
         token.strength
-        for prompt in PROMPTS
-        for token in speak(model, tokenizer, prompt_ids(tokenizer, prompt), max_new_tokens=0)
+        for each in prompts
+        for token in speak(model, tokenizer, prompt_ids(tokenizer, each["prompt"]), max_new_tokens=0)
     ]
     return scale_for(directory, "share", None, strengths, of="of the prompts")
 
