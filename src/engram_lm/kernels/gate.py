@@ -42,11 +42,25 @@ def _sigmoid(x):
 
 @njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
 def gate_forward(
-    kv_NE, h_NMD, w_MD, wc_MD, real_N, eps, signed, alpha_NM, stats_NM4, y_NMD, u_NMD, begin, end
+    kv_NE,
+    h_NMD,
+    w_MD,
+    wc_MD,
+    real_N,
+    eps,
+    signed,
+    n_tokens,
+    lead,
+    alpha_NM,
+    stats_NM4,
+    y_NMD,
+    u_NMD,
+    begin,
+    end,
 ):
     """alpha, y and u of tokens [begin, end). wc of size 0: no conv, u is not written. real of size 0: all are tokens.
 
-    kv holds M keys, then the value. stats keeps (a, r_k, r_h, r) for the backward pass.
+    kv holds M keys, then the value. Before each sequence of n_tokens, u has `lead` places for the conv's past. stats keeps (a, r_k, r_h, r) for the backward pass.
     """
     M, D = w_MD.shape
     root = np.float32(1.0 / math.sqrt(D))
@@ -86,7 +100,7 @@ def gate_forward(
             stats_NM4[n, m, 3] = r
             y = y_NMD[n, m]
             if has_conv:
-                u = u_NMD[n, m]
+                u = u_NMD[n + lead * (n // n_tokens + 1), m]
                 wc = wc_MD[m]
                 for d in range(D):
                     y[d] = alpha * v[d]
@@ -106,8 +120,9 @@ def gate_backward(
     stats_NM4,
     gy_NMD,
     gu_NMD,
-    galpha_NM,
     signed,
+    n_tokens,
+    lead,
     gkv_NE,
     gh_NMD,
     gw_MD,
@@ -115,7 +130,7 @@ def gate_backward(
     begin,
     end,
 ):
-    """Gradients of tokens [begin, end); gw and gwc are added to. galpha of size 0: the gate itself has no gradient."""
+    """Gradients of tokens [begin, end); gw and gwc are added to."""
     M, D = w_MD.shape
     root = np.float32(1.0 / math.sqrt(D))
     per = np.float32(1.0 / D)
@@ -132,7 +147,7 @@ def gate_backward(
             galpha = np.float32(0.0)
             if has_conv:
                 # u = x r w_c with x = y: g_y += r (g_x - x_hat mean(g_x x_hat)), x_hat = y r, g_x = g_u w_c
-                gu = gu_NMD[n, m]
+                gu = gu_NMD[n + lead * (n // n_tokens + 1), m]
                 wc = wc_MD[m]
                 gwc = gwc_MD[m]
                 scale = alpha * r
@@ -150,8 +165,6 @@ def gate_backward(
                 for d in range(D):
                     galpha += gy[d] * v[d]
                     gv[d] += alpha * gy[d]
-            if galpha_NM.size > 0:
-                galpha += galpha_NM[n, m]
             s = a * rk * rh * root
             slope = alpha * (_ONE - alpha)
             if signed:

@@ -19,7 +19,6 @@ from engram_lm.kernels import gate as kernels
 # Below this many numbers a thread's start costs more than it saves.
 _WORTH_A_THREAD = 1 << 18
 _pool: tuple[int, int, ThreadPoolExecutor] | None = None
-_NONE = np.zeros((0, 0), dtype=np.float32)
 _ALL = np.zeros(0, dtype=np.bool_)
 
 
@@ -46,7 +45,10 @@ def spread(task: Callable[[int, int], None], n: int, *, numbers: int) -> None:
 
 
 class FusedGate(torch.autograd.Function):
-    """(projected [N, (M+1) D], hidden [N, M, D], norms) -> (y [N, M, D], u [N, M, D] or empty, alpha [N, M])."""
+    """(projected [B*T, (M+1) D], hidden [B*T, M, D], norms) -> (y [B*T, M, D], u [B, lead + T, M*D] or empty, alpha [B*T, M]).
+
+    u has `lead` places of zeros before each sequence, so that the conv needs no padded copy.
+    """
 
     @staticmethod
     def forward(
@@ -58,24 +60,29 @@ class FusedGate(torch.autograd.Function):
         real: Any,
         eps: float,
         signed: bool,
+        n_tokens: int,
+        lead: int,
     ):
         projected, hidden, weight = projected.contiguous(), hidden.contiguous(), weight.contiguous()
         conv_norm = conv_norm.contiguous()
         n, (branches, width) = projected.shape[0], weight.shape
         alpha, stats = torch.empty(n, branches), torch.empty(n, branches, 4)
         y = torch.empty(n, branches, width)
-        u = torch.empty(n, branches, width) if conv_norm.numel() else torch.empty(0, 0, 0)
+        u = torch.empty(0, 0, 0)
+        if conv_norm.numel():
+            u = torch.empty(n // max(1, n_tokens), lead + n_tokens, branches * width)
+            u[:, :lead] = 0
         arrays = [_array(x) for x in (projected, hidden, weight, conv_norm)]
-        outputs = [_array(x) for x in (alpha, stats, y, u)]
+        outputs = [_array(x) for x in (alpha, stats, y)] + [_array(u.view(-1, branches, width))]
         mask = _ALL if real is None else real.reshape(-1).numpy()
         eps = np.float32(eps)
         spread(
-            lambda a, b: kernels.gate_forward(*arrays, mask, eps, signed, *outputs, a, b),
+            lambda a, b: kernels.gate_forward(*arrays, mask, eps, signed, n_tokens, lead, *outputs, a, b),
             n,
             numbers=projected.numel(),
         )
         ctx.save_for_backward(projected, hidden, weight, conv_norm, alpha, stats)
-        ctx.signed = signed
+        ctx.form = (signed, n_tokens, lead)
         ctx.mark_non_differentiable(alpha)
         return y, u, alpha
 
@@ -86,19 +93,19 @@ class FusedGate(torch.autograd.Function):
         n = projected.shape[0]
         grad_projected, grad_hidden = torch.empty_like(projected), torch.empty_like(hidden)
         reads = [_array(x) for x in (projected, hidden, weight, conv_norm, alpha, stats)]
-        reads += [_array(grad_y.contiguous()), _array(grad_u.contiguous()), _NONE]
+        reads += [_array(grad_y.contiguous()), _array(grad_u.contiguous().view(-1, *weight.shape))]
         writes = [_array(grad_projected), _array(grad_hidden)]
         partial: dict[int, tuple[Tensor, Tensor]] = {}
 
         def task(begin: int, end: int) -> None:
             sums = partial[begin] = (torch.zeros_like(weight), torch.zeros_like(conv_norm))
-            kernels.gate_backward(*reads, ctx.signed, *writes, *(_array(x) for x in sums), begin, end)
+            kernels.gate_backward(*reads, *ctx.form, *writes, *(_array(x) for x in sums), begin, end)
 
         spread(task, n, numbers=projected.numel())
         # added in order of the tokens, so that the result does not depend on which thread was first
         grad_weight = sum(partial[begin][0] for begin in sorted(partial))
         grad_norm = sum(partial[begin][1] for begin in sorted(partial))
-        return grad_projected, grad_hidden, grad_weight, grad_norm, None, None, None
+        return grad_projected, grad_hidden, grad_weight, grad_norm, None, None, None, None, None
 
 
 class FusedConv(torch.autograd.Function):

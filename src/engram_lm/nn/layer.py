@@ -118,6 +118,8 @@ class EngramLayer(nn.Module):
         """The same through the CPU kernels."""
         batch, n_tokens, branches, width = hidden_BTMD.shape
         conv_norm = self.conv_norm if self.conv_kernel else projected.new_zeros(0, width)
+        # without a past and without reordering the kernel leaves room for the conv's past itself
+        alone = window.state is None and window.order_BS is None
         y, u, alpha = FusedGate.apply(
             projected.reshape(batch * n_tokens, -1),
             hidden_BTMD.reshape(batch * n_tokens, branches, width),
@@ -126,11 +128,13 @@ class EngramLayer(nn.Module):
             window.real_BT,
             self.eps,
             self.gate_form == "signed-sqrt",
+            n_tokens,
+            self.past_length if alone else 0,
         )
         alpha_BTM = alpha.view(batch, n_tokens, branches)
         if not self.conv_kernel:
             return y.view(hidden_BTMD.shape), alpha_BTM
-        sequence_BSC = window.with_past(key, u.view(batch, n_tokens, -1), self.past_length)
+        sequence_BSC = u if alone else window.with_past(key, u, self.past_length)
         if window.take_BT is None:
             delta = FusedConv.apply(
                 sequence_BSC, self.conv_weight, y.view(batch, n_tokens, -1), self.conv_dilation
