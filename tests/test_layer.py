@@ -247,11 +247,18 @@ def test_values_in_bfloat16_are_gated_in_float32():
 
 
 @pytest.mark.parametrize("form", ["signed-sqrt", "plain"])
-@pytest.mark.parametrize(("streams", "kernel", "dilation"), [(1, 4, 3), (3, 4, 2), (2, 2, 1), (1, 1, 1), (2, 0, 1)])
+@pytest.mark.parametrize(
+    ("streams", "kernel", "dilation"), [(1, 4, 3), (3, 4, 2), (2, 2, 1), (1, 1, 1), (2, 0, 1)]
+)
 @pytest.mark.parametrize("padded", ["whole", "left padding", "holes"])
 def test_fused_layer_is_the_plain_one_with_gradients(form, streams, kernel, dilation, padded):
     layer = EngramLayer(
-        hidden_size=40, memory_width=24, branches=streams, conv_kernel=kernel, conv_dilation=dilation, gate_form=form
+        hidden_size=40,
+        memory_width=24,
+        branches=streams,
+        conv_kernel=kernel,
+        conv_dilation=dilation,
+        gate_form=form,
     )
     with torch.no_grad():
         for name, parameter in layer.named_parameters():

@@ -61,7 +61,9 @@ class MemoryConfig:
         if len(set(self.layers)) != len(self.layers):
             raise ConfigError(f"layers names a block twice: {list(self.layers)}.")
         if not self.name.isidentifier():
-            raise ConfigError(f"name must be a Python identifier, because parameters carry it; got {self.name!r}.")
+            raise ConfigError(
+                f"name must be a Python identifier, because parameters carry it; got {self.name!r}."
+            )
         for field in ("heads", "rows_per_head", "head_width", "conv_dilation"):
             value = getattr(self, field)
             if value is not None and value < 1:
