@@ -118,7 +118,7 @@ def verdict(ours: Outcome, bare: Outcome, dtype: torch.dtype) -> str:
         return told if clear else f"WRONG: {told}"
     if not passes(bare, dtype):
         return (
-            f"bare is wrong; raises {raised}" if raised else "WRONG: bare is wrong, and memory does not raise"
+            f"bare is wrong, raises {raised}" if raised else "WRONG: bare is wrong, and memory does not raise"
         )
     if raised:
         return f"WRONG: bare passes, with memory {raised}: {ours.raised}"
@@ -742,11 +742,11 @@ def broken(how: str) -> Iterator[None]:
         "crop takes the front": [mock.patch.object(MemoryState, "crop", _crop_front)],
         "reset ignored": [mock.patch.object(MemoryState, "reset", lambda self: setattr(self, "seen", 0))],
         "padding unseen": [
-            mock.patch.object(runtime, "_real", return_value=None),
+            mock.patch.object(runtime, "real_places", return_value=None),
             # which would take the positions of unseen padding for documents, and raise
-            mock.patch.object(runtime, "_starts", return_value=None),
+            mock.patch.object(runtime, "document_starts", return_value=None),
         ],
-        "documents unseen": [mock.patch.object(runtime, "_starts", return_value=None)],
+        "documents unseen": [mock.patch.object(runtime, "document_starts", return_value=None)],
         "conv crosses documents": [mock.patch.object(layer, "short_conv", _crossing(layer.short_conv))],
         "state leaks": [mock.patch.object(runtime, "state_of", _leak(runtime.state_of))],
         "compiled gather shifted": [mock.patch.object(DeviceTable, "read", _other_rows(DeviceTable.read))],
