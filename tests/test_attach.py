@@ -280,6 +280,18 @@ def test_a_refused_forward_leaves_the_cache_usable(loud):
     )
 
 
+@torch.no_grad()
+def test_a_cropped_recurrent_state_is_refused():
+    """transformers crops such a cache without a word and leaves the recurrent state as it was."""
+    model = models.give_memory(models.build("qwen3_next"))
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(text()[:, :9], past_key_values=cache)
+    cache.crop(-4)
+    with pytest.raises(StateError, match="cannot be taken back"):
+        model(text()[:, 5:], past_key_values=cache)
+
+
 def test_paged_caches_are_refused(loud):
     with pytest.raises(StateError, match="Continuous batching"):
         loud.model(text(), cache=object(), use_cache=False)

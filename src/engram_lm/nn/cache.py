@@ -41,6 +41,7 @@ class MemoryState(DummyLayer):
         # tokens seen so far, to be compared with the cache's own length; padding counts, as it does there. A tensor once
         # a fixed state is in use: as a number it would be part of a compiled graph, which is then compiled again
         self.seen: int | Tensor = 0
+        self.cropped = False
 
     def begin_ids(self, ids_BT: Tensor) -> Tensor:
         """Past ids [B, n] (n <= keep, ABSENT where a row has fewer), before remembering the chunk."""
@@ -89,6 +90,7 @@ class MemoryState(DummyLayer):
             raise StateError("The memory state of a static cache has a fixed length and cannot be cropped.")
         self._map(lambda x: x[:, :tokens_to_remove])
         self.seen = max(0, self.seen + tokens_to_remove)
+        self.cropped = True
 
     def reset(self) -> None:
         if self.fixed:
@@ -98,7 +100,7 @@ class MemoryState(DummyLayer):
             for tensor in self.conv_inputs.values():
                 tensor.zero_()
         else:
-            self.seen = 0
+            self.seen, self.cropped = 0, False
             self.ids = None
             self.conv_inputs = {}
 
@@ -265,6 +267,11 @@ def state_of(cache: Cache, *, n_layers: int, keep: int, memories: tuple[str, ...
         raise StateError(
             f"The cache holds {int(cache.get_seq_length())} tokens but its memory state {int(found.seen)}: some of them were "
             "computed with the memory off, or by another model. Start from an empty cache."
+        )
+    if found.cropped and not cache.is_croppable:
+        raise StateError(
+            "This cache was cropped, but it holds recurrent states of the model's linear-attention layers, which cannot be "
+            "taken back. Start from an empty cache, or from a copy made before."
         )
     if found.memories != memories:
         if torch.compiler.is_compiling() or int(found.seen):
