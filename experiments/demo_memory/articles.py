@@ -31,3 +31,18 @@ def short_articles(path: Path, n: int, *, ids: set[int] | None = None) -> list[d
 def probes_of(path: Path, articles: list[dict]) -> list[dict]:
     ids = {article["id"] for article in articles}
     return [probe for probe in lines_of(path) if probe["id"] in ids]
+
+
+def write_attribution(path: Path, articles: list[dict]) -> None:
+    """Which texts the rows were trained on, as their licence asks."""
+    lines = [
+        "# Attribution",
+        "",
+        "The rows in this directory were trained on these articles of the English Wikipedia (dump of about early",
+        "2014), by Wikipedia contributors, [CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/); the",
+        "authors of each are in the history of its page. The text itself is not here. The base model is",
+        "SmolLM2-135M-Instruct (Apache-2.0).",
+        "",
+    ]
+    lines += [f"- [{a['title']}](https://en.wikipedia.org/wiki?curid={a['id']})" for a in articles]
+    path.write_text("\n".join(lines) + "\n", encoding="utf8")

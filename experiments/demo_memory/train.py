@@ -12,11 +12,12 @@ import argparse
 import ctypes
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
 import torch
-from articles import lines_of, short_articles
+from articles import lines_of, short_articles, write_attribution
 
 from engram_lm import MemoryConfig, attach, load_base, memories, save_memory
 
@@ -116,7 +117,9 @@ def main() -> None:
                 save()
                 saved = spent
     save()
-    save_memory(model, options.out / "memory", row_dtype=torch.bfloat16)
+    directory = save_memory(model, options.out / "memory", row_dtype=torch.bfloat16)
+    write_attribution(directory / "ATTRIBUTION.md", articles)
+    shutil.copy(options.out / "log.jsonl", directory)
 
 
 if __name__ == "__main__":
