@@ -60,7 +60,8 @@ def gate_forward(
 ):
     """alpha, y and u of tokens [begin, end). wc of size 0: no conv, u is not written. real of size 0: all are tokens.
 
-    kv holds M keys, then the value. Before each sequence of n_tokens, u has `lead` places for the conv's past. stats keeps (a, r_k, r_h, r) for the backward pass.
+    kv holds M keys, then the value. Before each sequence of n_tokens, u has `lead` places for the conv's past. stats
+    keeps (a, r_k, r_h, r) for the backward pass.
     """
     M, D = w_MD.shape
     root = np.float32(1.0 / math.sqrt(D))

@@ -45,9 +45,9 @@ def spread(task: Callable[[int, int], None], n: int, *, numbers: int) -> None:
 
 
 class FusedGate(torch.autograd.Function):
-    """(projected [B*T, (M+1) D], hidden [B*T, M, D], norms) -> (y [B*T, M, D], u [B, lead + T, M*D] or empty, alpha [B*T, M]).
+    """(projected [B*T, (M+1) D], hidden [B*T, M, D], norms) -> (y [B*T, M, D], u [B, lead + T, M*D], alpha [B*T, M]).
 
-    u has `lead` places of zeros before each sequence, so that the conv needs no padded copy.
+    u (empty without a conv) has `lead` zeros before each sequence, so that the conv needs no padded copy.
     """
 
     @staticmethod
