@@ -256,6 +256,68 @@ def test_gradient_scaler_on_bfloat16_autocast_divides_the_rows_too(device):
     torch.testing.assert_close(finals[1], finals[0], rtol=1e-6, atol=1e-7)
 
 
+def test_a_fused_optimizer_that_divides_by_the_loss_scale_itself_divides_the_rows_too():
+    start, data = torch.randn(ROWS, WIDTH), examples(3)
+    finals = []
+    for scaled in (False, True):
+        model = Classifier(start, dense=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        scaler.scale(model(*batch(data[:4]))["loss"]).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        finals.append(model.rows().clone())
+    torch.testing.assert_close(finals[1], finals[0], rtol=1e-6, atol=1e-7)
+    optimizer.zero_grad()
+    (scaler.scale(model(*batch(data[:4]))["loss"]) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(model.rows(), finals[1])
+    assert pending_rows(model) == 0
+
+
+@pytest.mark.parametrize("way", ["closure", "closure by name", "maximize"])
+def test_steps_with_a_closure_and_ascent_are_those_of_a_dense_embedding(way):
+    start, data = torch.randn(ROWS, WIDTH), examples(4)
+    models = [Classifier(start, dense=True), Classifier(start, dense=False)]
+    for model in models:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5, maximize=way == "maximize")
+
+        def closure(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(*batch(data[:4]))["loss"]
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            if way == "closure":
+                optimizer.step(closure)
+            elif way == "closure by name":
+                optimizer.step(closure=closure)
+            else:
+                closure()
+                optimizer.step()
+    assert torch.equal(models[1].rows(), models[0].rows())
+    assert models[1].table.gradients.updates == 2
+    models[1].table.gradients.check_updates()
+
+
+def test_an_optimizer_that_calls_its_closure_many_times_is_refused():
+    model = Classifier(torch.randn(ROWS, WIDTH), dense=False)
+    with pytest.raises(RowUpdateError, match="LBFGS evaluates its closure many times"):
+        torch.optim.LBFGS(model.parameters()).step(lambda: model(*batch(examples(0, 4)))["loss"])
+
+
+def test_averaged_weights_without_their_rows_are_noticed():
+    model = Classifier(torch.randn(ROWS, WIDTH), dense=False)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged(*batch(examples(0, 4)))
+    train_loop(model, examples(0), clip=1.0)
+    averaged.update_parameters(model)
+    with pytest.raises(StateError, match="averaging weights does not change rows"):
+        averaged(*batch(examples(0, 4)))
+
+
 def test_gradients_an_optimizer_steps_past_raise_at_the_next_forward():
     model = Classifier(torch.randn(ROWS, WIDTH), dense=False)
     optimizer = torch.optim.SGD(model.linear.parameters(), lr=0.5)

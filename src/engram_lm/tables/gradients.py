@@ -17,6 +17,7 @@ rows from another are noticed (`check`). Gradients that an optimizer stepped pas
 """
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -83,6 +84,7 @@ class RowGradients:
         self._norm = 0.0
         self._passed_over: str | None = None
         self._unverified = False
+        self._version = 0
         self.updates = 0
         self._bind()
 
@@ -117,6 +119,7 @@ class RowGradients:
         self._unverified = False
         with torch.no_grad():
             self.handle.fill_(updates)
+        self._version = _version(self.handle)
 
     def weights_were_loaded(self) -> None:
         """Ask the next forward for `check_updates`, once: the handle's value came from a state_dict."""
@@ -124,9 +127,10 @@ class RowGradients:
 
     def check(self, handle: Tensor, *, training: bool) -> None:
         """Refuse to read rows when gradients were lost, or when weights and rows come from different steps."""
-        if self._unverified:
+        version = _version(self.handle)
+        if self._unverified or version != self._version:
             self.check_updates()
-            self._unverified = False
+            self._unverified, self._version = False, version
         if self._passed_over:
             raise RowUpdateError(
                 f"Gradients of {self.name} were never applied: {self._passed_over} stepped without its handle. Give the "
@@ -152,7 +156,8 @@ class RowGradients:
         if value != wanted:
             raise StateError(
                 f"The weights were saved after {value:.0f} row updates, but the rows of {self.name} carry {self.updates}: "
-                "loading a state_dict does not load rows. Load both with engram_lm.from_pretrained or MemoryTrainer."
+                "loading a state_dict or averaging weights does not change rows. Load both with "
+                "engram_lm.from_pretrained or MemoryTrainer."
             )
 
     # ---- gradients in -------------------------------------------------------------------------------------------
@@ -188,7 +193,7 @@ class RowGradients:
 
     # ---- gradients out ------------------------------------------------------------------------------------------
 
-    def apply(self, learning_rate: float) -> None:
+    def apply(self, learning_rate: float, *, loss_scale: float = 1.0) -> None:
         """Apply what is pending at the optimizer group's rate and the factor clipping put on the handle."""
         grad = self.handle.grad
         self._passed_over = None
@@ -196,7 +201,7 @@ class RowGradients:
             self._pending = None
             return
         if self._pending is not None:
-            scale = factor_of(grad, self._norm)
+            scale = factor_of(grad, self._norm) / loss_scale
             unique_U, merged_UW = self._pending
             self._pending = None
             if scale != scale:  # NaN norm: a dense parameter would become NaN here; say it instead
@@ -209,6 +214,11 @@ class RowGradients:
                 )
             self.set_updates(self.updates + 1)
         self.handle.grad = None
+
+
+def _version(handle: Tensor) -> int:
+    """How often the handle was written to: whoever but us does (averaged weights, say) left its rows behind."""
+    return 0 if handle.is_inference() else handle._version
 
 
 def _accumulated(own: weakref.ref, handle: Tensor) -> None:
@@ -279,12 +289,64 @@ def forget_pending(model: nn.Module) -> None:
             parameter.grad = None
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> tuple | None:
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _apply_all(optimizer)
+        return None
+    if not any(True for _ in _owners_in(optimizer)):
+        return None
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise RowUpdateError(
+            "LBFGS evaluates its closure many times a step and keeps a history of gradients, which rows have not. Give the "
+            "rows another optimizer, or freeze them with handle.requires_grad_(False)."
+        )
+    # the gradient exists only once the optimizer has called the closure
+    once = _Closure(optimizer, closure)
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": once}
+    return (args[0], once, *args[2:]), kwargs
+
+
+class _Closure:
+    """A step's closure, after which the rows are updated."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, closure: Any) -> None:
+        self.optimizer, self.closure, self.called = optimizer, closure, False
+
+    def __call__(self) -> Any:
+        if self.called:
+            raise RowUpdateError(
+                f"{type(self.optimizer).__name__} called its closure twice in a step; rows take one update a step."
+            )
+        result = self.closure()
+        self.called = True
+        with torch.no_grad():
+            _apply_all(self.optimizer)
+        return result
+
+
+def _owners_in(optimizer: torch.optim.Optimizer) -> Iterator[tuple[RowGradients, dict]]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             owner = _OWNERS.get(id(parameter))
             if owner is not None and owner.handle is parameter:
-                owner.apply(float(group["lr"]))
+                yield owner, group
+
+
+def _apply_all(optimizer: torch.optim.Optimizer) -> None:
+    # fused optimizers take the loss scale off their gradients themselves; GradScaler leaves both numbers with them
+    loss_scale = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    overflow = found_inf is not None and float(found_inf) != 0.0
+    for owner, group in _owners_in(optimizer):
+        if overflow:
+            owner.handle.grad = None  # the optimizer skips this step; so do the rows
+        rate = float(group["lr"])
+        owner.apply(
+            -rate if group.get("maximize") else rate,
+            loss_scale=1.0 if loss_scale is None else float(loss_scale),
+        )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
