@@ -8,7 +8,8 @@
         tokenizer files, README.md   what `AutoTokenizer` reads, and a card
         base/ or adapter/            the base model where it was trained too, or its LoRA adapter
 
-Every file is written beside its target and moved into place, memory.json last; all carry one save id, so that a directory
+Every file and folder is written beside its target and moved into place, memory.json last; all carry one save id (the
+base its fingerprint), so that a directory
 with files of two saves is refused. Loading compares address identities, sizes, and the base's fingerprint.
 """
 
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -61,9 +63,10 @@ def save_memory(
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob(".*.*"):
         if re.fullmatch(r"[0-9a-f]{16}", left.suffix[1:]):
-            left.unlink()  # of a save that was killed
+            _remove(left)  # of a save that was killed
     save_id = secrets.token_hex(8)
     marks = {"save_id": save_id, "format": FORMAT}
+    staged = directory / f".staged.{save_id}"
     waiting: list[tuple[Path, Path]] = []
 
     def put(name: str, tensors: dict[str, Tensor], **more: str) -> None:
@@ -109,32 +112,41 @@ def save_memory(
             memory.token_map.save(beside)
             entries.append({"config": memory.config.to_json(), "tables": tables})
         put("memory.safetensors", parameters)
-        kept = _save_base(model, directory, runtime.base, base_files)
+        kept = _save_base(model, staged, runtime.base, base_files)
         tokenizer = tokenizer if tokenizer is not None else runtime.tokenizer
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(directory)
+            tokenizer.save_pretrained(staged)
+        if staged.is_dir():
+            waiting += [(path, directory / path.name) for path in sorted(staged.iterdir())]
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "save_id": save_id,
             "base": asdict(runtime.base),
             "base_files": kept,
+            "base_files_sha256": fingerprint_of(model) if kept == "base" else None,
             "memories": entries,
         }
         beside = directory / f".{MANIFEST}.{save_id}"
         beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")
         waiting.append((beside, directory / MANIFEST))
         mode = beside.stat().st_mode
-        for path, _ in waiting:
-            path.chmod(mode)  # safetensors writes files that only their owner can read
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        for part, _ in waiting:
+            for path in [part] if part.is_file() else [x for x in part.rglob("*") if x.is_file()]:
+                path.chmod(mode)  # safetensors writes files that only their owner can read
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
     except BaseException:
-        for path, _ in waiting:
-            path.unlink(missing_ok=True)
+        for path in [staged, *(path for path, _ in waiting)]:
+            _remove(path)
         raise
     for path, target in waiting:
+        earlier = directory / f".{target.name}.{save_id}"
+        if path.is_dir() and target.exists():
+            os.replace(target, earlier)  # a directory replaces none that has files
         os.replace(path, target)
+        _remove(earlier)
+    _remove(staged)
     (directory / "README.md").write_text(_card(manifest), encoding="utf8")
     return directory
 
@@ -158,6 +170,12 @@ def from_pretrained(
     kept = manifest["base_files"]
     if base is None and kept == "base":
         base = _base_beside(directory, dtype)
+        wanted = manifest.get("base_files_sha256")
+        # float16 rounds what the fingerprint reads
+        if wanted not in (None, fingerprint_of(base)) and dtype != torch.float16:
+            raise CheckpointError(
+                f"{directory / 'base'} belongs to another save than {MANIFEST}; copy the directory again, whole."
+            )
     elif base is None:
         base = load_base(ref.name, dtype=dtype, report=lambda line: None).model
     if kept != "base":
@@ -265,6 +283,13 @@ def _read(path: Path, save_id: str, *, identity: str | None = None) -> dict[str,
     if identity is not None and marks.get("identity") != identity:
         raise IdentityError(f"{path} has identity {marks.get('identity')}; {MANIFEST} says {identity}.")
     return tensors
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _save_base(model: nn.Module, directory: Path, ref: BaseRef, base_files: BaseFiles) -> str | None:
