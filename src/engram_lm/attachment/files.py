@@ -8,9 +8,9 @@
         tokenizer files, README.md   what `AutoTokenizer` reads, and a card
         base/ or adapter/            the base model where it was trained too, or its LoRA adapter
 
-Every file and folder is written beside its target and moved into place, memory.json last; all carry one save id (the
-base its fingerprint), so that a directory
-with files of two saves is refused. Loading compares address identities, sizes, and the base's fingerprint.
+Every file and folder is written beside its target and moved into place, memory.json last; all carry one save id (a base
+beside them its fingerprint), so that a directory with files of two saves is refused. Loading compares address identities,
+sizes, and the base's fingerprint.
 """
 
 import json
