@@ -198,15 +198,17 @@ _MEMORIES = {
 MEMORIES = tuple(_MEMORIES)
 
 
-def give_memory(model: nn.Module, which: str = "paper", *, tokenizer: Any = None, seed: int = 1) -> nn.Module:
+def give_memory(
+    model: nn.Module, which: str = "paper", *, tokenizer: Any = None, seed: int = 1, projection: float = 0.3
+) -> nn.Module:
     """Attach memories that speak: rows of standard deviation 1, conv weights far from zero, norms that are not 1."""
     for config in _MEMORIES[which]:
         attach(model, tokenizer or _tokenizer(), config)
-    make_loud(model, seed=seed)
+    make_loud(model, seed=seed, projection=projection)
     return model
 
 
-def make_loud(model: nn.Module, *, seed: int = 1) -> None:
+def make_loud(model: nn.Module, *, seed: int = 1, projection: float = 0.3) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for memory in memories(model).values():
@@ -216,9 +218,10 @@ def make_loud(model: nn.Module, *, seed: int = 1) -> None:
                 for name, parameter in slot.named_parameters():
                     if name != "handle":
                         noise = torch.randn(parameter.shape, generator=generator)
-                        around, spread = {"conv_weight": (0.0, 0.7), "projection.weight": (0.0, 0.3)}.get(
-                            name, (1.0, 0.3)
-                        )
+                        around, spread = {
+                            "conv_weight": (0.0, 0.7),
+                            "projection.weight": (0.0, projection),
+                        }.get(name, (1.0, 0.3))
                         parameter.copy_(around + spread * noise)
 
 
