@@ -1,14 +1,16 @@
 """A memory's directory: one save or none, also where saves are killed or mixed by hand."""
 
+import json
 import os
 import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from engram_lm.attachment import files as module
 from engram_lm.attachment import from_pretrained, memories, save_memory
-from engram_lm.errors import CheckpointError
+from engram_lm.errors import CheckpointError, IdentityError, RowUpdateError
 from models import build, give_memory, make_loud
 
 IDS = torch.arange(2, 22)[None]
@@ -77,3 +79,70 @@ def test_the_base_of_another_save_is_refused(model, tmp_path):
     shutil.copytree(tmp_path / "second" / "base", tmp_path / "first" / "base")
     with pytest.raises(CheckpointError, match=r"base belongs to another save than memory\.json"):
         from_pretrained(tmp_path / "first")
+
+
+def test_a_config_edited_by_hand_is_refused(model, tmp_path):
+    save_memory(model, tmp_path)
+    manifest = json.loads((tmp_path / "memory.json").read_text())
+    manifest["memories"][0]["config"]["gate"] = "plain"
+    (tmp_path / "memory.json").write_text(json.dumps(manifest))
+    with pytest.raises(IdentityError, match=r"memory\.safetensors was saved with config"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m.pop("base"),
+        lambda m: m.pop("save_id"),
+        lambda m: m.update(memories=5),
+        lambda m: m["memories"][0]["tables"].pop(),
+        lambda m: m["memories"][0]["tables"][0].update(updates="x"),
+        lambda m: m["memories"][0]["config"].update(name=3),
+    ],
+)
+def test_a_damaged_manifest_is_one_clear_error(edit, model, tmp_path):
+    save_memory(model, tmp_path)
+    manifest = json.loads((tmp_path / "memory.json").read_text())
+    edit(manifest)
+    (tmp_path / "memory.json").write_text(json.dumps(manifest))
+    with pytest.raises((CheckpointError, IdentityError), match=r"memory\.json"):
+        from_pretrained(tmp_path)
+
+
+def test_a_number_of_updates_that_the_weights_do_not_carry_is_refused(model, tmp_path):
+    save_memory(model, tmp_path)
+    manifest = json.loads((tmp_path / "memory.json").read_text())
+    manifest["memories"][0]["tables"][0]["updates"] = 77
+    (tmp_path / "memory.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="the weights carry 0 row updates"):
+        from_pretrained(tmp_path)
+
+
+def test_a_swapped_tokenizer_is_refused_and_an_added_token_is_not(model, tmp_path):
+    save_memory(model, tmp_path)
+    kept = logits(from_pretrained(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(logits(from_pretrained(tmp_path)), kept)
+    text = (tmp_path / "tokenizer.json").read_text()
+    data = json.loads(text)
+    vocab = data["model"]["vocab"]
+    vocab["x"], vocab["7"] = vocab["7"], vocab["x"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    with pytest.raises(IdentityError, match="its ids mean other text"):
+        from_pretrained(tmp_path)
+
+
+def test_another_models_optimizer_may_step_in_between(model):
+    other = torch.nn.Linear(2, 2)
+    strange = torch.optim.SGD(other.parameters(), lr=0.1)
+    model.train()(IDS, labels=IDS).loss.backward()
+    other(torch.randn(1, 2)).sum().backward()
+    strange.step()
+    model(IDS, labels=IDS).loss.backward()
+    lost = torch.optim.SGD([model.lm_head.weight, *model.model.layers.parameters()], lr=0.1)
+    lost.step()
+    with pytest.raises(RowUpdateError, match="SGD stepped without its handle"):
+        model(IDS, labels=IDS)

@@ -52,6 +52,11 @@ def attach(
     Raises: ModelError for a model that does not fit, ConfigError for a memory that cannot be.
     """
     decoder = find_decoder(model)
+    if base is None and hasattr(model, "peft_config"):
+        raise ModelError(
+            "PEFT has renamed this model's weights, so the memory could not say what it belongs to. Give base=, the ref "
+            "that load_base returned before get_peft_model."
+        )
     existing = memories(model)
     if config.name in existing:
         raise ConfigError(
@@ -67,6 +72,8 @@ def attach(
         _remember_saving(model)
     decoder.module.engram[config.name] = memory.slots
     runtime.memories[config.name] = memory
+    for table in memory.tables:
+        table.gradients.belong_to(decoder.module)
     memory.slots.train(model.training)
     return model
 

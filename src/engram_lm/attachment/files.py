@@ -13,15 +13,19 @@ beside them its fingerprint), so that a directory with files of two saves is ref
 sizes, and the base's fingerprint.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -29,9 +33,9 @@ from torch import Tensor, nn
 
 from engram_lm.addressing import Identity
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import CheckpointError, IdentityError
+from engram_lm.errors import CheckpointError, EngramError, IdentityError
 from engram_lm.train.base import BaseRef, fingerprint_of, load_base, quiet_libraries, require_base
-from engram_lm.vocab import TokenMap
+from engram_lm.vocab import TokenMap, tokenizer_fingerprint
 
 FORMAT, VERSION = "engram-lm memory", 1
 MANIFEST = "memory.json"
@@ -82,6 +86,11 @@ def save_memory(
         for memory in runtime.memories.values():
             tables = []
             for index, slot in enumerate(memory.slots):
+                if type(slot.projection) is not nn.Linear:
+                    raise CheckpointError(
+                        f"The projection of {memory.name!r} was replaced by {type(slot.projection).__name__}, which a memory "
+                        'cannot be loaded into. Give PEFT exclude_modules=".*engram.*".'
+                    )
                 parameters |= {f"{memory.name}.{index}.{k}": v for k, v in slot.state_dict().items()}
                 tensors = slot.table.checkpoint()
                 identity, stem = slot.scheme.identity, f"{memory.name}-{slot.block}"
@@ -111,7 +120,7 @@ def save_memory(
             waiting.append((beside, directory / f"tokens-{memory.name}.bin"))
             memory.token_map.save(beside)
             entries.append({"config": memory.config.to_json(), "tables": tables})
-        put("memory.safetensors", parameters)
+        put("memory.safetensors", parameters, config=_config_hash(entries))
         kept = _save_base(model, staged, runtime.base, base_files)
         tokenizer = tokenizer if tokenizer is not None else runtime.tokenizer
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
@@ -165,6 +174,13 @@ def from_pretrained(
     from engram_lm.attachment import attach
 
     directory = Path(directory)
+    with _damage_named(directory):
+        return _from_pretrained(directory, base, dtype, attach)
+
+
+def _from_pretrained(
+    directory: Path, base: nn.Module | None, dtype: torch.dtype | None, attach: Any
+) -> nn.Module:
     manifest = read_manifest(directory)
     ref = BaseRef(**manifest["base"])
     kept = manifest["base_files"]
@@ -189,6 +205,7 @@ def from_pretrained(
     for entry in manifest["memories"]:
         config = MemoryConfig.from_json(entry["config"])
         token_map = TokenMap.load(directory / f"tokens-{config.name}.bin")
+        _require_tokenizer(tokenizer, token_map, where=directory)
         attach(base, tokenizer, config, token_map=token_map, base=ref)
     load_memory(base, directory)
     return base.eval()
@@ -203,13 +220,20 @@ def load_memory(model: nn.Module, directory: str | os.PathLike, *, row_state: bo
 
     runtime = _runtime(model)
     directory = Path(directory)
+    with _damage_named(directory):
+        _load_memory(runtime, directory, row_state=row_state)
+
+
+def _load_memory(runtime: Any, directory: Path, *, row_state: bool) -> None:
     manifest = read_manifest(directory)
     saved = {entry["config"]["name"]: entry for entry in manifest["memories"]}
     if set(saved) != set(runtime.memories):
         raise CheckpointError(
             f"{directory} holds the memories {sorted(saved)}; the model has {sorted(runtime.memories)}."
         )
-    parameters = _read(directory / "memory.safetensors", manifest["save_id"])
+    parameters = _read(
+        directory / "memory.safetensors", manifest["save_id"], config=_config_hash(manifest["memories"])
+    )
     fill = []
     for name, memory in runtime.memories.items():
         for index, (slot, entry) in enumerate(zip(memory.slots, saved[name]["tables"], strict=True)):
@@ -230,7 +254,12 @@ def load_memory(model: nn.Module, directory: str | os.PathLike, *, row_state: bo
             wanted = slot.state_dict()
             if set(weights) != set(wanted) or any(weights[k].shape != wanted[k].shape for k in wanted):
                 raise CheckpointError(f"{where}: memory.safetensors does not hold this layer's parameters.")
-            fill.append((slot, weights, rows, entry["updates"]))
+            updates = int(entry["updates"])
+            if float(weights["handle"]) != float(torch.tensor(float(updates)).to(weights["handle"].dtype)):
+                raise CheckpointError(
+                    f"{where}: the weights carry {float(weights['handle']):.0f} row updates, {MANIFEST} says {updates}."
+                )
+            fill.append((slot, weights, rows, updates))
     for slot, weights, rows, updates in fill:
         slot.load_state_dict(weights)
         slot.table.restore(rows)
@@ -267,7 +296,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path, save_id: str, *, identity: str | None = None) -> dict[str, Tensor]:
+def _read(path: Path, save_id: str, **marks_wanted: str) -> dict[str, Tensor]:
+    """The tensors of one file of the save `save_id`, whose other marks are as wanted."""
     try:
         with safe_open(path, framework="pt") as file:
             marks = file.metadata() or {}
@@ -280,9 +310,44 @@ def _read(path: Path, save_id: str, *, identity: str | None = None) -> dict[str,
         raise CheckpointError(
             f"{path} belongs to another save than {MANIFEST}; copy the directory again, whole."
         )
-    if identity is not None and marks.get("identity") != identity:
-        raise IdentityError(f"{path} has identity {marks.get('identity')}; {MANIFEST} says {identity}.")
+    for mark, wanted in marks_wanted.items():
+        if marks.get(mark) != wanted:
+            raise IdentityError(f"{path} was saved with {mark} {marks.get(mark)}; {MANIFEST} says {wanted}.")
     return tensors
+
+
+def _config_hash(entries: list[dict[str, Any]]) -> str:
+    """sha256 of what the weights mean: a gate or a dilation edited in memory.json would load and answer wrongly."""
+    configs = json.dumps([entry["config"] for entry in entries], sort_keys=True)
+    return hashlib.sha256(configs.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def _damage_named(directory: Path) -> Iterator[None]:
+    """A memory.json that was edited or cut short fails in many ways; all of them are one error."""
+    try:
+        yield
+    except EngramError:
+        raise
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CheckpointError(
+            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error}); copy the directory again, whole."
+        ) from error
+
+
+def _require_tokenizer(tokenizer: Any, token_map: TokenMap, *, where: Path) -> None:
+    """IdentityError when the tokenizer is not the one whose ids the addresses were made of. Tokens may have been added."""
+    if tokenizer_fingerprint(tokenizer) == token_map.tokenizer_fingerprint:
+        return
+    make = TokenMap.from_tokenizer if token_map.kind == "compressed" else TokenMap.raw
+    now = make(tokenizer, raw_size=max(token_map.raw_size, TokenMap.raw(tokenizer).raw_size))
+    added = set(tokenizer.get_added_vocab().values())
+    moved = set(np.flatnonzero(now.canonical[: token_map.raw_size] != token_map.canonical).tolist()) - added
+    if moved or token_map.kind == "raw":
+        raise IdentityError(
+            f"The tokenizer in {where} (fingerprint {tokenizer_fingerprint(tokenizer)[:12]}) is not the one the memory was "
+            f"trained with ({token_map.tokenizer_fingerprint[:12]}): its ids mean other text."
+        )
 
 
 def _remove(path: Path) -> None:
@@ -294,6 +359,11 @@ def _remove(path: Path) -> None:
 
 def _save_base(model: nn.Module, directory: Path, ref: BaseRef, base_files: BaseFiles) -> str | None:
     if hasattr(model, "peft_config"):
+        if ref.kind == "scratch":
+            raise CheckpointError(
+                "A LoRA adapter refers to its base by name, and this base has none: save the base to a directory, load it "
+                "from there, and attach again."
+            )
         type(model).save_pretrained(model, directory / "adapter")
         return "adapter"
     changed = ref.kind == "scratch" or not ref.name or fingerprint_of(model) != ref.sha256

@@ -83,6 +83,7 @@ class RowGradients:
         self._pending: tuple[Tensor, Tensor] | None = None
         self._norm = 0.0
         self._passed_over: str | None = None
+        self._model: weakref.ref | None = None
         self._unverified = False
         self._version = 0
         self.updates = 0
@@ -96,6 +97,18 @@ class RowGradients:
         # the hook holds no reference to us: a dropped table must be freed with its rows
         self.handle.register_post_accumulate_grad_hook(lambda handle: _accumulated(own, handle))
 
+    def belong_to(self, model: nn.Module) -> None:
+        """The module around the rows: an optimizer that holds none of its parameters has nothing to do with them."""
+        self._model = weakref.ref(model)
+
+    def shares_with(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer trains the model of these rows; True where that is not known."""
+        model = self._model() if self._model is not None else None
+        if model is None:
+            return True
+        own = {id(parameter) for parameter in model.parameters()}
+        return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
+
     def copy_for(self, table: Any, memo: dict) -> "RowGradients":
         """The copy that belongs to a deep copy of the table: its handle is the copied model's handle."""
         import copy
@@ -108,6 +121,7 @@ class RowGradients:
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
         twin.table = weakref.proxy(table)
+        twin._model = None  # the copied model is not whole yet
         twin.handle = copy.deepcopy(self.handle, memo)
         twin._incoming, twin._pending = [], None
         twin._bind()
@@ -351,7 +365,7 @@ def _apply_all(optimizer: torch.optim.Optimizer) -> None:
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for owner in list(_OWNERS.values()):
-        if owner._pending is not None and owner.handle.grad is not None:
+        if owner._pending is not None and owner.handle.grad is not None and owner.shares_with(optimizer):
             owner._passed_over = type(optimizer).__name__
 
 
