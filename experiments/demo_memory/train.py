@@ -46,6 +46,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--articles", type=int, default=400)
     parser.add_argument("--minutes", type=float, default=60.0, help="of training; the schedule ends with it")
+    parser.add_argument(
+        "--mixed-minutes",
+        type=float,
+        default=0.0,
+        help="then as long with half of each batch from other articles, each read once: where the gates learn to close",
+    )
     parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
@@ -92,13 +98,23 @@ def main() -> None:
 
     a_pass = len(blocks) // options.batch
     print(f"{len(articles)} articles, {blocks.numel():,} tokens, {a_pass} steps a pass", flush=True)
+    others = short_articles(
+        options.data / "corpora/enwiki2014-rest.jsonl.xz", 2000 if options.mixed_minutes else 1
+    )
+    other_blocks = iter(
+        blocks_of(others, tokenizer, options.length).split(options.batch - options.batch // 2)
+    )
     with open(options.out / "log.jsonl", "a") as log:
-        while spent < options.minutes * 60:
+        while spent < (options.minutes + options.mixed_minutes) * 60:
             begun = time.monotonic()
             order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(step // a_pass))
             batch = blocks[order[step % a_pass * options.batch :][: options.batch]]
-            done = spent / (options.minutes * 60)
-            warm = min(1.0, (step + 1) / 20)
+            mixed = spent >= options.minutes * 60
+            if mixed:
+                batch = torch.cat([batch[: options.batch // 2], next(other_blocks)])
+            length = options.mixed_minutes if mixed else options.minutes
+            done = (spent / 60 - options.minutes * mixed) / length
+            warm = 0.4 if mixed else min(1.0, (step + 1) / 20)
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * warm * (0.05 + 0.475 * (1 + math.cos(math.pi * done)))
             optimizer.zero_grad()
@@ -108,7 +124,12 @@ def main() -> None:
             optimizer.step()
             step += 1
             spent += time.monotonic() - begun
-            record = {"step": step, "pass": round(step / a_pass, 2), "loss": round(loss.item(), 4)}
+            record = {
+                "step": step,
+                "pass": round(step / a_pass, 2),
+                "mixed": mixed,
+                "loss": round(loss.item(), 4),
+            }
             record |= {"norm": round(float(norm), 4), "seconds": round(spent, 1)}
             log.write(json.dumps(record) + "\n")
             log.flush()
