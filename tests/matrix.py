@@ -665,6 +665,22 @@ def checkpointing_reentrant(model: nn.Module, ids: Tensor) -> Outcome:
     return _checkpointed(model, ids, reentrant=True)
 
 
+# One of each kind, for models whose forward takes a second; the first five also in float32.
+ON_REAL_MODELS = (
+    "chunks of 7",
+    "left padding, cached",
+    "packed documents",
+    "static cache",
+    "beam search",
+    "one token a step",
+    "rows reordered",
+    "cropped, then otherwise",
+    "right padding, then on",
+    "padded batch, greedy",
+    "assisted",
+)
+
+
 # ---- broken state ----------------------------------------------------------------------------------------------------
 
 

@@ -6,25 +6,11 @@ import pytest
 import torch
 
 import models
-from matrix import WAYS, broken, passes, run, text, verdict
+from matrix import ON_REAL_MODELS, WAYS, broken, passes, run, text, verdict
 
 pytestmark = pytest.mark.slow
 
 EAGER = [name for name, way in WAYS.items() if not way.compiled]
-# all ways: benchmarks/state_matrix.py --smollm2
-ON_SMOLLM2 = (
-    "chunks of 7",
-    "left padding, cached",
-    "packed documents",
-    "static cache",
-    "beam search",
-    "one token a step",
-    "rows reordered",
-    "cropped, then otherwise",
-    "right padding, then on",
-    "padded batch, greedy",
-    "assisted",
-)
 COMPILED = [name for name, way in WAYS.items() if way.compiled]
 
 
@@ -94,7 +80,7 @@ def test_smollm2(dtype):
         copy.deepcopy(bare), tokenizer=tokenizer, projection=0.3 if dtype == torch.float64 else 0.01
     )
     ids = text(vocab_size=len(tokenizer))
-    names = ON_SMOLLM2 if dtype == torch.float64 else ON_SMOLLM2[:5]
+    names = ON_REAL_MODELS if dtype == torch.float64 else ON_REAL_MODELS[:5]
     found = {}
     for name in names:
         base = run(WAYS[name], bare, ids)
