@@ -421,5 +421,13 @@ def _card(manifest: dict[str, Any]) -> str:
                 f"| {entry['config']['name']} | {table['block']} | {table['rows']:,} | {table['width']} | "
                 f"{table['updates']:,} | `{table['identity'][:12]}` |"
             )
-    lines += ["", "```python", "import engram_lm", "", "model = engram_lm.from_pretrained(DIRECTORY)", "```", ""]
+    lines += [
+        "",
+        "```python",
+        "import engram_lm",
+        "",
+        "model = engram_lm.from_pretrained(DIRECTORY)",
+        "```",
+        "",
+    ]
     return "\n".join(lines)
