@@ -26,7 +26,7 @@ import torch
 import transformers
 
 import models
-from matrix import WAYS, run, text, verdict
+from matrix import ON_REAL_MODELS, WAYS, run, text, verdict
 
 JSON, PAGE = HOME / "docs" / "state-matrix.json", HOME / "docs" / "state-matrix.md"
 COMPILED_SHAPES = ("llama", "gpt2", "mistral")
@@ -136,16 +136,21 @@ def main():
         bares = models.build(shape, torch.float64), models.build(shape)
         leave = () if shape in COMPILED_SHAPES else compiled
         found["cells"][shape] = measure(shape, *bares, text(), leave=leave)
+        save(found)
     if arguments.smollm2 and not arguments.draw_only:
         from engram_lm.train.base import load_base
 
         torch.set_num_threads(2)
         bare, tokenizer, _ = load_base("smollm2")
         bare.generation_config.eos_token_id = None
-        leave = compiled | {name for name, way in WAYS.items() if way.gradients}
+        leave = set(WAYS) - set(ON_REAL_MODELS)
         ids = text(vocab_size=len(tokenizer))
         bare = bare.double()
         found["cells"]["smollm2"] = measure("smollm2", bare, None, ids, tokenizer=tokenizer, leave=leave)
+    save(found)
+
+
+def save(found):
     found.update(
         ways=list(WAYS), transformers=transformers.__version__, torch=torch.__version__.split("+")[0]
     )

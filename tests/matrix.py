@@ -579,7 +579,7 @@ def compiled(model: nn.Module, ids: Tensor) -> Outcome:
     return compare(_compiled(model)(ids, use_cache=False).logits, full(model, ids))
 
 
-@way("compiled, left padding", compiled=True)
+@way("compiled, left padding", "padding unseen", "compiled gather shifted", compiled=True)
 def compiled_left_padding(model: nn.Module, ids: Tensor) -> Outcome:
     rows, mask, places = padded(ids, "left")
     logits = _compiled(model)(rows, attention_mask=mask, position_ids=places, use_cache=False).logits
@@ -765,11 +765,11 @@ def broken(how: str) -> Iterator[None]:
         "crop takes the front": [mock.patch.object(MemoryState, "crop", _crop_front)],
         "reset ignored": [mock.patch.object(MemoryState, "reset", lambda self: setattr(self, "seen", 0))],
         "padding unseen": [
-            mock.patch.object(runtime, "real_places", return_value=None),
+            mock.patch.object(runtime, "real_places", _nothing),
             # which would take the positions of unseen padding for documents, and raise
-            mock.patch.object(runtime, "document_starts", return_value=None),
+            mock.patch.object(runtime, "document_starts", _nothing),
         ],
-        "documents unseen": [mock.patch.object(runtime, "document_starts", return_value=None)],
+        "documents unseen": [mock.patch.object(runtime, "document_starts", _nothing)],
         "conv crosses documents": [mock.patch.object(layer, "short_conv", _crossing(layer.short_conv))],
         "state leaks": [mock.patch.object(runtime, "state_of", _leak(runtime.state_of))],
         "compiled gather shifted": [mock.patch.object(DeviceTable, "read", _other_rows(DeviceTable.read))],
