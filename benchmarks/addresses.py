@@ -61,7 +61,7 @@ def measure(*, tokens: int = 16_384, repeats: int = 41, decode_calls: int = 2000
 
     # What no path can be faster than, and what other work on the machine slows as well.
     paths["storing zeros into out"] = lambda _: [out.fill(0) for out in outs]
-    seconds = timing.alternate(paths, repeats=repeats, warm_up=2, settle=1, clock=time.thread_time)
+    seconds = timing.alternate(paths, repeats=repeats, warm_up=2, settle=3, clock=time.thread_time)
     count = tokens * sum(scheme.columns for scheme in schemes)
     one, previous = ids_BT[:, :1].copy(), ids_BT[:, 1:4].copy()
     decode = timing.alternate(

@@ -34,7 +34,7 @@ from machine import circumstances
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "core.json"
 PEER_PYTHON = "ENGRAM_PEFT_PYTHON"
-ADDRESS_TOKENS = [8_192, 16_384]
+ADDRESS_TOKENS = [2_048, 8_192, 16_384]
 # peer over ours at least; ours over the peer's at most
 LESS_ADDED_TIME = 2.2
 STATE_SHARE = 0.1

@@ -55,7 +55,7 @@ def schemes(draw):
     profile = DEEPSEEK.replace(
         name="drawn",
         orders=tuple(sorted(orders)),
-        heads=draw(st.integers(1, 11)),
+        heads=draw(st.integers(1, 11) | st.sampled_from([8, 16])),
         multipliers=rule,
         moduli=draw(st.sampled_from(["distinct-primes", "odd"])),
         seed=0 if rule == "polynomial" else draw(st.integers(0, 2**40)),

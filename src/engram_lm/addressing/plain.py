@@ -98,6 +98,8 @@ def carry(scheme: "AddressScheme", inputs: Inputs) -> np.ndarray:
     reach = scheme.max_order - 1
     ids_BT = np.where(inputs.mask_BT, inputs.ids_BT, DEAD) if inputs.mask_BT.size else inputs.ids_BT
     B, T = ids_BT.shape
+    if not reach:
+        return np.empty((B, 0), dtype=np.int64)
     history_BX = np.full((B, reach + T), DEAD, dtype=np.int64)
     history_BX[:, reach:] = ids_BT
     if inputs.previous_BP.size:
@@ -106,8 +108,8 @@ def carry(scheme: "AddressScheme", inputs: Inputs) -> np.ndarray:
         # A place is behind a start if a later place starts a document.
         later_BT = np.logical_or.accumulate(inputs.starts_BT[:, ::-1], axis=1)[:, ::-1]
         behind_BX = np.zeros(history_BX.shape, dtype=bool)
-        behind_BX[:, reach - 1 : -1] = later_BT if reach else later_BT[:, 1:]
-        behind_BX[:, : max(reach - 1, 0)] = later_BT[:, :1]
+        behind_BX[:, reach - 1 : -1] = later_BT
+        behind_BX[:, : reach - 1] = later_BT[:, :1]
         history_BX = np.where(behind_BX, DEAD, history_BX)
     return history_BX[:, T:]
 

@@ -146,6 +146,7 @@ class AddressScheme:
             self.fill_id,
             "dead" in self.profile.stop,
             hashing.two_steps(self.moduli),
+            hashing.takes_eights(self.moduli, heads_N, polynomial=self.profile.multipliers == "polynomial"),
             self.vocab_size,
         )
 
