@@ -32,10 +32,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "setup: done"
 
 test: setup ## the fast set, about a minute on two cores
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 test-all: setup ## everything but benchmarks: the fast set, the slow one, and what needs a package registry
-	$(BIN)/python -m pytest -q -m "not bench"
+	$(BIN)/python -m pytest -q -n 2 -m "not bench"
 
 lint: setup ## ruff and import directions
 	$(BIN)/ruff check .

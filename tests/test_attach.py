@@ -330,6 +330,8 @@ def test_configs_that_do_not_fit(bare, tokenizer):
         attach(model, None, MemoryConfig(layers=(2,), name="second", **SMALL))
     with pytest.raises(ConfigError, match="EmbeddingMean"):
         attach(model, tokenizer, MemoryConfig(layers=(2,), name="third", profile="longcat", **SMALL))
+    with pytest.raises(ConfigError, match="dead_token_ids names 99999; the tokenizer has ids 0 to"):
+        attach(model, tokenizer, MemoryConfig(layers=(2,), name="fourth", dead_token_ids=(99999,), **SMALL))
     assert list(memories(model)) == ["memory"]
 
 

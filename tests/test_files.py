@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from engram_lm.attachment import files as module
-from engram_lm.attachment import from_pretrained, memories, save_memory
+from engram_lm.attachment import from_pretrained, load_memory, memories, save_memory
 from engram_lm.errors import CheckpointError, IdentityError, RowUpdateError
 from models import build, give_memory, make_loud
 
@@ -133,6 +133,38 @@ def test_a_swapped_tokenizer_is_refused_and_an_added_token_is_not(model, tmp_pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     with pytest.raises(IdentityError, match="its ids mean other text"):
         from_pretrained(tmp_path)
+
+
+def test_a_pickle_of_the_whole_model_is_refused(model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"Use model\.save_pretrained\(directory\)"):
+        torch.save(model, tmp_path / "model.pt")
+
+
+def test_row_state_that_was_saved_must_be_there(model, tmp_path):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    save_memory(model, tmp_path, row_state=True)
+    for path in tmp_path.glob("state-*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"state-.* is missing"):
+        load_memory(model, tmp_path, row_state=True)
+    load_memory(model, tmp_path)
+
+
+def test_a_disk_that_is_full_is_one_clear_error_and_leaves_the_save_before(model, tmp_path, monkeypatch):
+    save_memory(model, tmp_path)
+    before = logits(model)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(
+        CheckpointError, match=r"No space left on device\. What was there before is untouched"
+    ):
+        save_memory(changed(model, seed=2), tmp_path)
+    assert torch.equal(logits(from_pretrained(tmp_path)), before)
 
 
 def test_another_models_optimizer_may_step_in_between(model):

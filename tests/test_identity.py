@@ -1,6 +1,7 @@
 """Identities: everything that changes an address or its meaning changes the hash, and a mismatch names both sides."""
 
 import json
+import pickle
 
 import pytest
 
@@ -102,3 +103,7 @@ def test_files_that_are_no_identity(text, message):
 def test_facts_cannot_be_changed_afterwards():
     with pytest.raises(TypeError):
         identity().facts["layer"] = 9
+
+
+def test_an_identity_travels_between_processes():
+    assert pickle.loads(pickle.dumps(identity())) == identity()

@@ -353,6 +353,22 @@ def test_gradients_from_autograd_grad_raise_at_the_next_forward():
         model(ids, labels)
 
 
+@pytest.mark.parametrize("foreach", [True, False])
+def test_clipping_single_values_is_refused(foreach):
+    model = Classifier(torch.randn(ROWS, WIDTH), dense=False)
+    model(*batch(examples(0, 4)))["loss"].backward()
+    with pytest.raises(RowUpdateError, match="what it sees of a table is the norm"):
+        nn.utils.clip_grad_value_(model.parameters(), 1e-3, foreach=foreach)
+
+
+def test_a_table_beyond_memory_is_one_clear_error():
+    with pytest.raises(
+        ConfigError,
+        match=r"No memory for table: 1,000,000,000,000,000 rows of 64 numbers are 238,418,579 GiB",
+    ):
+        DeviceTable(n_rows=10**15, width=64)
+
+
 def test_a_replaced_handle_is_refused():
     model = Classifier(torch.randn(ROWS, WIDTH), dense=False)
     model.held["handle"] = nn.Parameter(torch.zeros(1))

@@ -60,6 +60,9 @@ class Identity:
         # Through JSON and back: tuples become lists and later changes to the caller's data do not reach in here.
         object.__setattr__(self, "facts", MappingProxyType(json.loads(json.dumps(dict(self.facts)))))
 
+    def __reduce__(self) -> tuple:
+        return Identity, (dict(self.facts),)
+
     @property
     def hash(self) -> str:
         """sha256 over canonical JSON: sorted keys, no spaces, ASCII."""

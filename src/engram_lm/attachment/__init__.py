@@ -42,6 +42,8 @@ def attach(
 ) -> nn.Module:
     """Put a new memory into `model`, in place, and return it. New memory changes no output bit.
 
+    With PEFT, call get_peft_model first: it freezes whatever it finds, and its save_pretrained writes the adapter alone.
+
     Args:
         model: a decoder-only transformers causal model.
         tokenizer: its fast tokenizer; decides which tokens share an address.

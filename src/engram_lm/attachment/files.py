@@ -77,9 +77,13 @@ def save_memory(
         target = directory / name
         beside = directory / f".{name}.{save_id}"
         waiting.append((beside, target))
-        save_file(
-            {k: v.detach().contiguous().cpu() for k, v in tensors.items()}, beside, metadata={**marks, **more}
-        )
+        held = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+        try:
+            save_file(held, beside, metadata={**marks, **more})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{target} cannot be written: {error}. What was there before is untouched."
+            ) from None
 
     try:
         entries, parameters = [], {}
@@ -112,6 +116,7 @@ def save_memory(
                         "rows": slot.table.n_rows,
                         "width": slot.table.width,
                         "updates": slot.table.gradients.updates,
+                        "row_state": bool(row_state and tensors),
                         "identity": identity.hash,
                         "identity_facts": json.loads(identity.json),
                     }
@@ -247,7 +252,7 @@ def _load_memory(runtime: Any, directory: Path, *, row_state: bool) -> None:
                     f"{(slot.table.n_rows, slot.table.width)}. Attach with the same rows_per_head and head_width."
                 )
             state_file = directory / f"state-{stem}"
-            if row_state and state_file.exists():
+            if row_state and entry.get("row_state", state_file.exists()):
                 rows |= _read(state_file, manifest["save_id"])
             prefix = f"{name}.{index}."
             weights = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}

@@ -198,6 +198,11 @@ def build_memory(
         token_map_hash=token_map.fingerprint if profile.id_space == "canonical" else None,
         tokenizer_fingerprint=token_map.tokenizer_fingerprint,
     )
+    outside = [token for token in config.dead_token_ids if not 0 <= token < token_map.raw_size]
+    if outside:
+        raise ConfigError(
+            f"dead_token_ids names {outside[0]}; the tokenizer has ids 0 to {token_map.raw_size - 1}."
+        )
     slots = nn.ModuleList()
     for scheme, block in zip(schemes, config.layers, strict=True):
         table = DeviceTable(

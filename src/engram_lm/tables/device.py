@@ -48,7 +48,13 @@ class DeviceTable:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"Rows are float32, bfloat16 or float16; got {dtype}.")
         self.n_rows, self.width = n_rows, width
-        self._rows = _zeros((n_rows, width), dtype, torch.device(device))
+        try:
+            self._rows = _zeros((n_rows, width), dtype, torch.device(device))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"No memory for {name}: {n_rows:,} rows of {width} numbers are "
+                f"{n_rows * width * dtype.itemsize / 2**30:,.0f} GiB ({error})."
+            ) from None
         self._state: dict[str, Tensor] | None = None
         self.gradients = RowGradients(self, rule=rule, name=name)
         self._register()
@@ -56,6 +62,12 @@ class DeviceTable:
     def _register(self) -> None:
         self.key = next(_KEYS)
         _BY_KEY[self.key] = self
+
+    def __reduce__(self) -> tuple:
+        raise CheckpointError(
+            "A model with memory cannot be pickled (torch.save of a whole model): its rows are files of their own. Use "
+            "model.save_pretrained(directory) and engram_lm.from_pretrained(directory)."
+        )
 
     def __deepcopy__(self, memo: dict) -> "DeviceTable":
         twin = object.__new__(DeviceTable)

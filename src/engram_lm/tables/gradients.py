@@ -49,6 +49,11 @@ class Norm(Tensor):
             for i, gradient in enumerate(args[0]):
                 if isinstance(gradient, Norm):
                     gradient.note(args[1][i] if isinstance(args[1], (list, tuple)) else args[1])
+        elif "clamp" in name:
+            raise RowUpdateError(
+                "clip_grad_value_ clips single numbers, and what it sees of a table is the norm of its gradient. Use "
+                "clip_grad_norm_, or clip the values of the other parameters alone."
+            )
         return result
 
     def note(self, factor: Any) -> None:
