@@ -17,7 +17,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 PREFETCH_ROWS = 24  # rows in flight; measured flat between 16 and 32 on server Xeons
-MADV_HUGEPAGE = 14  # Linux; 2 MiB pages halve the cost of a random row
+MADV_HUGEPAGE, MADV_NOHUGEPAGE = 14, 15  # Linux; 2 MiB pages halve the cost of a random row
 CACHE_LINE = 64
 
 
@@ -134,8 +134,8 @@ def update_adam(rows_RW, second_R, count_R, unique_U, gradient_UW, rate, scale, 
             rows_RW[r, w] -= step * (scale * gradient_UW[u, w])
 
 
-def zero_pages(n_bytes: int) -> mmap.mmap:
-    """`n_bytes` of private anonymous memory asking for huge pages: zero, and costing nothing until touched.
+def zero_pages(n_bytes: int, *, huge: bool = True) -> mmap.mmap:
+    """`n_bytes` of private anonymous memory asking for huge pages (or refusing them): zero, free until touched.
 
     Private matters: Python's default is shared memory, which gets no huge pages.
     """
@@ -143,5 +143,5 @@ def zero_pages(n_bytes: int) -> mmap.mmap:
     pages = mmap.mmap(-1, max(n_bytes, 1), flags=flags)
     if hasattr(pages, "madvise"):
         with contextlib.suppress(OSError):  # kernels without transparent huge pages; slower, not wrong
-            pages.madvise(MADV_HUGEPAGE)
+            pages.madvise(MADV_HUGEPAGE if huge else MADV_NOHUGEPAGE)
     return pages

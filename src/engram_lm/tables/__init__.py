@@ -1,72 +1,51 @@
-"""Tables of learned rows: what a table can be asked for, and the tiers that hold one.
+"""Tables of learned rows: what a table can be asked for, the tiers that hold one, and the file that keeps one.
 
-A table is `rows` records of `width` numbers, read at int64 addresses. Rows are never Parameters, buffers or
+A table is `n_rows` records of `width` numbers, read at int64 addresses. Rows are never Parameters, buffers or
 `state_dict` entries: `.to()`, `.half()`, DDP broadcasts and `save_pretrained` do not touch them. Training reaches them
 through a one-element handle (see `tables.gradients`).
 
-    table = DeviceTable(rows=4096, width=64)
+    table = DeviceTable(n_rows=4096, width=64)
     rows = table.gather(address)                # [..., 64] for address int64 [...]
     ticket = table.prefetch(address)            # decides when the work is done, never what the answer is
     rows = ticket.rows()
+
+Two halves: `format`, `codecs`, `layout`, `store`, `disk` and `cached` read and write bytes with NumPy alone; `device`,
+`gradients`, `rules` and the rest need torch. Names load their half when first used.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from importlib import import_module
+from typing import Any
 
-from engram_lm.tables.device import DeviceTable
-from engram_lm.tables.gradients import RowGradients, forget_pending, pending_rows
-from engram_lm.tables.rules import SGD, RowAdam, RowRMSprop, RowRule, rule_from_json
+_WHERE = {
+    "DeviceTable": "device",
+    "RowGradients": "gradients",
+    "forget_pending": "gradients",
+    "pending_rows": "gradients",
+    "RowAdam": "rules",
+    "RowRMSprop": "rules",
+    "RowRule": "rules",
+    "SGD": "rules",
+    "rule_from_json": "rules",
+    "Table": "protocol",
+    "Ticket": "protocol",
+    "TrainableTable": "protocol",
+    "CODECS": "codecs",
+    "Header": "format",
+    "Writer": "format",
+    "open_packed": "format",
+    "read_header": "format",
+    "verify": "format",
+    "Layout": "layout",
+    "Segment": "layout",
+    "HostStore": "store",
+    "Store": "store",
+    "DiskStore": "disk",
+}
 
-
-class Ticket(Protocol):
-    """A gather that was asked for ahead of its use."""
-
-    def rows(self) -> Any:
-        """The same tensor `gather` would return; waits when it has to. May be called once."""
-
-
-@runtime_checkable
-class Table(Protocol):
-    """Rows at addresses, on any tier; the same rows bit for bit for the same addresses."""
-
-    n_rows: int
-    width: int
-
-    def gather(self, address: Any, *, out: Any = None) -> Any:
-        """Rows [..., width] at int64 addresses [...]. Raises AddressError before reading when one is out of range."""
-
-    def prefetch(self, address: Any) -> Ticket:
-        """Begin a gather and return its ticket."""
-
-
-@runtime_checkable
-class TrainableTable(Table, Protocol):
-    """A table whose rows are trained where they lie."""
-
-    gradients: RowGradients
-
-    def update(
-        self, unique: Any, gradient: Any, *, rule: RowRule, learning_rate: float, scale: float
-    ) -> None:
-        """Apply `rule` to rows `unique` (int64 [U], ascending) with summed gradients [U, width]."""
-
-    def checkpoint(self) -> dict[str, Any]:
-        """Rows and row-optimizer state as named tensors."""
-
-    def restore(self, tensors: dict[str, Any]) -> None:
-        """The inverse of `checkpoint`; refuses other sizes."""
+__all__ = list(_WHERE)
 
 
-__all__ = [
-    "SGD",
-    "DeviceTable",
-    "RowAdam",
-    "RowGradients",
-    "RowRMSprop",
-    "RowRule",
-    "Table",
-    "Ticket",
-    "TrainableTable",
-    "forget_pending",
-    "pending_rows",
-    "rule_from_json",
-]
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -1,0 +1,201 @@
+"""Gather and decode in one pass: records at addresses to float32 or bfloat16 rows, on the CPU, one thread, nogil.
+
+    out[i] = decode(records[address[i]])         plain twins: `tables.codecs`, whose numbers these give bit for bit
+
+What counts is the cache miss, so the record of address i + PREFETCH_ROWS is asked for while record i is decoded (see
+`kernels.rows`), and the decoding is LLVM vector code, written out as 32 numbers at a time: numba's own loops over views
+of a record took three times as long.
+
+e4m3 to float32 without a table: the seven bits of exponent and fraction, shifted to their place in a float32 and
+rebiased by 120, are right for every normal number; for subnormals (exponent 0) the implied one is taken off again.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from engram_lm.kernels.rows import CACHE_LINE, PREFETCH_ROWS, _prefetch
+
+LANES = 32  # numbers at a time; those left over one by one
+
+_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+
+
+class _Lanes:
+    """Vector code over `count` numbers: thin names over an LLVM builder."""
+
+    def __init__(self, builder: ir.IRBuilder, count: int) -> None:
+        self.builder, self.count = builder, count
+
+    def type(self, scalar: ir.Type) -> ir.Type:
+        return ir.VectorType(scalar, self.count)
+
+    def constant(self, value: float, scalar: ir.Type = _I32) -> ir.Value:
+        return ir.Constant(self.type(scalar), [value] * self.count)
+
+    def load(self, address: ir.Value, scalar: ir.Type) -> ir.Value:
+        return self.builder.load(self.builder.inttoptr(address, self.type(scalar).as_pointer()), align=1)
+
+    def store(self, value: ir.Value, address: ir.Value) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer()), align=1)
+
+    def all_of(self, value: ir.Value) -> ir.Value:
+        empty = ir.Constant(self.type(value.type), ir.Undefined)
+        first = self.builder.insert_element(empty, value, ir.Constant(_I32, 0))
+        return self.builder.shuffle_vector(first, empty, self.constant(0))
+
+    def as_float(self, bits: ir.Value) -> ir.Value:
+        return self.builder.bitcast(bits, self.type(_F32))
+
+    def as_bits(self, values: ir.Value) -> ir.Value:
+        return self.builder.bitcast(values, self.type(_I32))
+
+    # ---- codecs: each gives float32 from what lies at an address ---------------------------------------------------
+
+    def fp32(self, address: ir.Value) -> ir.Value:
+        return self.load(address, _F32)
+
+    def bf16(self, address: ir.Value) -> ir.Value:
+        bits = self.builder.zext(self.load(address, _I16), self.type(_I32))
+        return self.as_float(self.builder.shl(bits, self.constant(16)))
+
+    def e4m3(self, address: ir.Value) -> ir.Value:
+        b = self.builder
+        code = b.zext(self.load(address, _I8), self.type(_I32))
+        low = b.and_(code, self.constant(0x7F))
+        value = self.as_float(b.add(b.shl(low, self.constant(20)), self.constant(120 << 23)))
+        # exponent 0: (1 + f/8) 2^-7 is wanted as (f/8) 2^-6
+        subnormal = b.fmul(b.fsub(value, self.constant(2.0**-7, _F32)), self.constant(2.0, _F32))
+        value = b.select(b.icmp_unsigned("<", low, self.constant(8)), subnormal, value)
+        bits = b.select(
+            b.icmp_unsigned("==", low, self.constant(0x7F)), self.constant(0x7FC00000), self.as_bits(value)
+        )
+        sign = b.shl(b.and_(code, self.constant(0x80)), self.constant(24))
+        return self.as_float(b.or_(bits, sign))
+
+    # ---- what leaves ------------------------------------------------------------------------------------------------
+
+    def put_fp32(self, values: ir.Value, address: ir.Value) -> None:
+        self.store(values, address)
+
+    def put_bf16(self, values: ir.Value, address: ir.Value) -> None:
+        """To nearest, ties to even; a NaN stays one."""
+        b = self.builder
+        bits = self.as_bits(values)
+        half = b.lshr(bits, self.constant(16))
+        odd = b.and_(half, self.constant(1))
+        rounded = b.lshr(b.add(b.add(bits, self.constant(0x7FFF)), odd), self.constant(16))
+        nan = b.icmp_unsigned(">", b.and_(bits, self.constant(0x7FFFFFFF)), self.constant(0x7F800000))
+        bits = b.select(nan, b.or_(half, self.constant(0x40)), rounded)
+        self.store(b.trunc(bits, self.type(_I16)), address)
+
+
+def _lanes(take: str, put: str, count: int) -> Callable:
+    """An intrinsic (source, target, scale): `count` numbers of codec `take`, times scale, left as `put`."""
+
+    @intrinsic
+    def move(typing_context, source, target, scale):
+        signature = types.void(types.uintp, types.uintp, types.float32)
+
+        def codegen(context, builder, signature, args):
+            lanes = _Lanes(builder, count)
+            values = getattr(lanes, take)(args[0])
+            if take == "e4m3":
+                values = builder.fmul(values, lanes.all_of(args[2]))
+            getattr(lanes, f"put_{put}")(values, args[1])
+            return context.get_dummy_value()
+
+        return signature, codegen
+
+    return move
+
+
+@intrinsic
+def _e8m0(typing_context, address):
+    """The scale at an address: 2^(code - 127), NaN for 255."""
+    signature = types.float32(types.uintp)
+
+    def codegen(context, builder, signature, args):
+        code = builder.zext(builder.load(builder.inttoptr(args[0], _I8.as_pointer())), _I32)
+        bits = builder.shl(code, ir.Constant(_I32, 23))
+        # 2^-127 is a subnormal float32
+        bits = builder.select(
+            builder.icmp_unsigned("==", code, ir.Constant(_I32, 0)), ir.Constant(_I32, 1 << 22), bits
+        )
+        bits = builder.select(
+            builder.icmp_unsigned("==", code, ir.Constant(_I32, 255)), ir.Constant(_I32, 0x7FC00000), bits
+        )
+        return builder.bitcast(bits, _F32)
+
+    return signature, codegen
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _ahead(base, address_N, i, record_bytes):
+    if i + PREFETCH_ROWS < address_N.shape[0]:
+        start = base + np.uint64(address_N[i + PREFETCH_ROWS]) * record_bytes
+        for line in range(0, record_bytes, CACHE_LINE):
+            _prefetch(start + np.uint64(line))
+
+
+def _flat(take: str, put: str) -> Callable:
+    """Kernel of a codec whose record is `width` numbers under one scale."""
+    many, one = _lanes(take, put, LANES), _lanes(take, put, 1)
+    code_bytes = {"fp32": 4, "bf16": 2, "e4m3": 1}[take]
+    row_bytes = {"fp32": 4, "bf16": 2}[put]
+    in_step, out_step = np.uint64(code_bytes), np.uint64(row_bytes)
+
+    @njit(nogil=True)
+    def kernel(base, address_N, out, width, scale):
+        record_bytes = np.uint64(width) * in_step
+        whole, lanes = np.uint64(width // LANES * LANES), np.uint64(LANES)
+        for i in range(address_N.shape[0]):
+            _ahead(base, address_N, i, record_bytes)
+            source = base + np.uint64(address_N[i]) * record_bytes
+            target = out + np.uint64(i) * np.uint64(width) * out_step
+            w = np.uint64(0)
+            while w < whole:
+                many(source + w * in_step, target + w * out_step, scale)
+                w += lanes
+            while w < np.uint64(width):
+                one(source + w * in_step, target + w * out_step, scale)
+                w += np.uint64(1)
+
+    return kernel
+
+
+def _blocks(put: str) -> Callable:
+    """Kernel of `fp8_e4m3_e8m0`: codes, then a scale for each 32 of them."""
+    move = _lanes("e4m3", put, 32)
+    out_step = np.uint64({"fp32": 4, "bf16": 2}[put])
+
+    @njit(nogil=True)
+    def kernel(base, address_N, out, width, scale):
+        n, block = np.uint64(width), np.uint64(32)
+        record_bytes = n + n // block
+        for i in range(address_N.shape[0]):
+            _ahead(base, address_N, i, record_bytes)
+            source = base + np.uint64(address_N[i]) * record_bytes
+            target = out + np.uint64(i) * n * out_step
+            k = np.uint64(0)
+            while k < n // block:
+                at = k * block
+                move(source + at, target + at * out_step, _e8m0(source + n + k))
+                k += np.uint64(1)
+
+    return kernel
+
+
+# (codec, what leaves) -> kernel(base pointer, addresses int64 [N], out pointer, width, scale float32). Addresses must be
+# in range. fp32 to fp32 and bf16 to bf16 are copies: `kernels.rows.gather`.
+KERNELS: dict[tuple[str, str], Callable] = {
+    ("fp32", "bf16"): _flat("fp32", "bf16"),
+    ("bf16", "fp32"): _flat("bf16", "fp32"),
+    ("fp8_e4m3", "fp32"): _flat("e4m3", "fp32"),
+    ("fp8_e4m3", "bf16"): _flat("e4m3", "bf16"),
+    ("fp8_e4m3_e8m0", "fp32"): _blocks("fp32"),
+    ("fp8_e4m3_e8m0", "bf16"): _blocks("bf16"),
+}

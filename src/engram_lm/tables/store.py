@@ -1,0 +1,180 @@
+"""Stores: the bytes of a table's rows on one tier, read by address. NumPy alone; `tables.stored` puts torch around them.
+
+    store = HostStore.load(layout)                 # or DiskStore(layout), CachedStore(DiskStore(layout), budget_bytes=...)
+    rows = store.gather(address)                   # float32 [..., width]; dtype="bf16": uint16 with bfloat16's bits
+
+The same rows bit for bit from every store of the same table; an address outside raises AddressError before anything is
+read, and a damaged row raises CheckpointError.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from engram_lm.errors import AddressError, CheckpointError, ConfigError
+from engram_lm.kernels import checks
+from engram_lm.kernels import rows as row_kernels
+from engram_lm.kernels.decode import KERNELS
+from engram_lm.tables.codecs import codec_named
+from engram_lm.tables.format import PAGE, damaged_rows, read_checksums_of
+from engram_lm.tables.layout import Layout
+
+OUT_DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
+
+
+class Store:
+    """Base: `n_rows` records of `record_bytes`, decoded by `codec`."""
+
+    def __init__(self, *, name: str, n_rows: int, width: int, codec: str, scale: float = 1.0) -> None:
+        self.name, self.n_rows, self.width, self.scale = name, n_rows, width, scale
+        self.codec = codec_named(codec)
+        self.record_bytes = self.codec.record_bytes(width)
+
+    def read_records(self, row_U: np.ndarray, out_UR: np.ndarray) -> None:
+        """Fill uint8 [U, record_bytes] with the records of rows int64 [U], ascending, each once, all in range."""
+        raise NotImplementedError
+
+    def gather(self, address: Any, *, out: np.ndarray | None = None, dtype: str = "fp32") -> np.ndarray:
+        """Rows [..., width] at int64 addresses [...]; `out` is filled and returned where given."""
+        address = np.ascontiguousarray(address, dtype=np.int64)
+        address_N = address.reshape(-1)
+        self.require_in_range(address_N)
+        out = _output(out, (*address.shape, self.width), dtype, self.name)
+        row_U, index_N = np.unique(address_N, return_inverse=True)
+        record_UR = np.empty((len(row_U), self.record_bytes), np.uint8)
+        self.read_records(row_U, record_UR)
+        decode(self, record_UR, index_N.reshape(-1), out, dtype)
+        return out
+
+    def require_in_range(self, address_N: np.ndarray) -> None:
+        """AddressError for the first address outside."""
+        bad = row_kernels.first_out_of_range(address_N, self.n_rows)
+        if bad >= 0:
+            raise AddressError(
+                f"Address {address_N[bad]} at place {bad} is outside {self.name}, which has {self.n_rows} rows."
+            )
+
+    def close(self) -> None:
+        """Give back files and memory; reading afterwards is an error."""
+
+
+class HostStore(Store):
+    """Records in this machine's memory: private anonymous pages, huge ones where the system has them."""
+
+    def __init__(
+        self, *, name: str = "table", n_rows: int, width: int, codec: str = "fp32", scale: float = 1.0,
+        huge_pages: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(name=name, n_rows=n_rows, width=width, codec=codec, scale=scale)
+        n_bytes = n_rows * self.record_bytes
+        try:
+            pages = row_kernels.zero_pages(n_bytes, huge=huge_pages)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(
+                f"No memory for {name}: {n_rows:,} rows of {self.record_bytes} bytes are {n_bytes / 2**30:,.1f} GiB "
+                f"({error}). Read it from disk."
+            ) from None
+        self.record_RB = np.frombuffer(pages, np.uint8, count=n_bytes).reshape(n_rows, self.record_bytes)
+
+    @classmethod
+    def load(
+        cls, layout: Layout, *, huge_pages: bool = True, report: Callable[[int, int], None] | None = None
+    ) -> "HostStore":
+        """A copy of a table's files in memory, every page of a packed file checked. report(bytes done, bytes in all)."""
+        store = cls(
+            name=layout.name, n_rows=layout.n_rows, width=layout.width, codec=layout.codec, scale=layout.scale,
+            huge_pages=huge_pages,
+        )  # fmt: skip
+        done, total = 0, layout.n_rows * layout.record_bytes
+        for first_row, record_NR in records_of(layout):
+            store.record_RB[first_row : first_row + len(record_NR)] = record_NR
+            done += record_NR.nbytes
+            if report is not None:
+                report(done, total)
+        return store
+
+    def read_records(self, row_U: np.ndarray, out_UR: np.ndarray) -> None:
+        row_kernels.gather(self.record_RB.ctypes.data, row_U, out_UR.ctypes.data, self.record_bytes)
+
+    def write_records(self, row_U: np.ndarray, record_UR: np.ndarray) -> None:
+        """The inverse of `read_records`."""
+        self.record_RB[row_U] = record_UR
+
+    def gather(self, address: Any, *, out: np.ndarray | None = None, dtype: str = "fp32") -> np.ndarray:
+        address = np.ascontiguousarray(address, dtype=np.int64)
+        address_N = address.reshape(-1)
+        self.require_in_range(address_N)
+        out = _output(out, (*address.shape, self.width), dtype, self.name)
+        decode(self, self.record_RB, address_N, out, dtype)
+        return out
+
+
+def decode(store: Store, record_RB: np.ndarray, index_N: np.ndarray, out: np.ndarray, dtype: str) -> None:
+    """out[i] = the row of record index[i]."""
+    kernel = KERNELS.get((store.codec.name, dtype))
+    if kernel is None:
+        row_kernels.gather(record_RB.ctypes.data, index_N, out.ctypes.data, store.record_bytes)
+    else:
+        kernel(record_RB.ctypes.data, index_N, out.ctypes.data, store.width, np.float32(store.scale))
+
+
+def records_of(layout: Layout, *, first: int = 0, last: int | None = None) -> Any:
+    """Iterate (first row, uint8 [N, record_bytes]) over rows first to last, in order, some MB at a time, all checked."""
+    last = layout.n_rows if last is None else last
+    starts = sorted({s.first_row for s in layout.segments} | {first})
+    step = max(1, (8 << 20) // layout.record_bytes)
+    sums = read_checksums_of(layout)
+    row = first
+    while row < last:
+        end = min([last, row + step, *(s for s in starts if s > row)])
+        record_NR = np.empty((end - row, layout.record_bytes), np.uint8)
+        for segment in layout.segments:
+            if segment.first_row <= row < segment.first_row + segment.n_rows:
+                _copy_run(layout, segment, row, end, record_NR, sums)
+        yield row, record_NR
+        row = end
+
+
+def _copy_run(
+    layout: Layout, segment: Any, row: int, end: int, record_NR: np.ndarray, sums: np.ndarray | None
+) -> None:
+    """Bytes of rows row to end that lie in one segment, read in one go."""
+    i, n = row - segment.first_row, end - row
+    first_group, last_group = i // segment.group, (i + n - 1) // segment.group
+    contiguous = sums is None and segment.group >= segment.n_rows
+    start = segment.offset + (i * segment.stride if contiguous else first_group * segment.group_stride)
+    n_bytes = (
+        (n - 1) * segment.stride + segment.n_bytes
+        if contiguous
+        else (last_group - first_group + 1) * segment.group_stride
+    )
+    try:
+        with open(segment.path, "rb", buffering=0) as file:
+            file.seek(start)
+            data = np.fromfile(file, np.uint8, n_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{segment.path} cannot be read: {error}.") from None
+    if len(data) < n_bytes:
+        raise CheckpointError(f"{segment.path} ends before row {row + n - 1:,}: it was cut short.")
+    if sums is not None:
+        page = (start - layout.pages_at) // PAGE
+        bad = checks.first_bad_page(data, sums[page : page + n_bytes // PAGE])
+        if bad >= 0:
+            raise damaged_rows(layout, page + bad)
+    if contiguous:
+        rows = np.lib.stride_tricks.as_strided(data, (n, segment.n_bytes), (segment.stride, 1))
+    else:
+        groups = data.reshape(-1, segment.group_stride)[:, : segment.group * segment.stride]
+        rows = groups.reshape(-1, segment.stride)[i - first_group * segment.group :][:n, : segment.n_bytes]
+    record_NR[:, segment.at : segment.at + segment.n_bytes] = rows
+
+
+def _output(out: np.ndarray | None, shape: tuple[int, ...], dtype: str, name: str) -> np.ndarray:
+    if dtype not in OUT_DTYPES:
+        raise ConfigError(f"Rows leave as {' or '.join(OUT_DTYPES)}; got dtype={dtype!r}.")
+    if out is None:
+        return np.empty(shape, OUT_DTYPES[dtype])
+    if out.shape != shape or out.dtype != OUT_DTYPES[dtype] or not out.flags.c_contiguous:
+        raise AddressError(f"out for {name} must be contiguous {OUT_DTYPES[dtype]} of shape {shape}.")
+    return out
