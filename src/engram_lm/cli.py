@@ -28,6 +28,9 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
+# engram-lm table <command>: what is asked of a table of rows.
+table = App(name="table", help="Tables of rows: how much of one a cache must hold.")
+app.command(table)
 
 # A list of ids may begin with -1.
 IdList = Annotated[str, Parameter(allow_leading_hyphen=True)]
