@@ -729,7 +729,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _other_rows(read: Callable) -> Callable:
-    def shifted(self: Any, address: Tensor, handle: Tensor) -> Tensor:
+    def shifted(self: Any, address: Tensor, handle: Tensor, ticket: Any = None) -> Tensor:
         # in the compiled graph alone: the eager reference must stay right
         return read(
             self, torch.roll(address, 1, dims=1) if torch.compiler.is_compiling() else address, handle
@@ -742,7 +742,7 @@ def _checkpointed_only(read: Callable) -> Callable:
     """Reads other rows on every second forward, as a hook that runs again in a recomputation could."""
     calls = []
 
-    def other(self: Any, address: Tensor, handle: Tensor) -> Tensor:
+    def other(self: Any, address: Tensor, handle: Tensor, ticket: Any = None) -> Tensor:
         calls.append(None)
         return read(self, torch.roll(address, len(calls) % 7, dims=1), handle)
 

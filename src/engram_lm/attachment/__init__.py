@@ -21,6 +21,7 @@ from torch import nn
 
 from engram_lm.attachment.files import from_pretrained, load_memory, save_memory, save_pretrained
 from engram_lm.attachment.memory import Memory, build_memory, profile_of
+from engram_lm.attachment.placement import open_rows, use_table
 from engram_lm.attachment.runtime import MemoryRuntime, recording
 from engram_lm.attachment.structure import find_decoder
 from engram_lm.config import MemoryConfig
@@ -159,8 +160,10 @@ __all__ = [
     "load_memory",
     "memories",
     "memory_off",
+    "open_rows",
     "profile_of",
     "save_memory",
     "save_pretrained",
     "trace",
+    "use_table",
 ]

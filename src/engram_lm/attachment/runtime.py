@@ -33,6 +33,7 @@ from engram_lm.attachment.structure import Decoder
 from engram_lm.errors import ConfigError, ModelError, RowUpdateError, StateError
 from engram_lm.nn import MemoryState, Window
 from engram_lm.nn.cache import find_state, state_of
+from engram_lm.tables.protocol import Ticket
 from engram_lm.traces import LayerTrace
 
 CALL = "engram_call"  # the keyword that carries a MemoryCall to the blocks
@@ -41,8 +42,19 @@ CALL = "engram_call"  # the keyword that carries a MemoryCall to the blocks
 class MemoryCall:
     """What one forward of the decoder needs at its blocks."""
 
-    def __init__(self, window: Window, addresses: dict[str, list[Tensor]]) -> None:
-        self.window, self.addresses = window, addresses
+    def __init__(self, window: Window, active: list[Memory]) -> None:
+        self.window = window
+        self.addresses = {memory.name: memory.addresses(window) for memory in active}
+        # ids are all it takes: rows that lie far away are on their way before the first block runs
+        self.tickets: dict[str, list[Ticket | None]] = {
+            memory.name: [
+                slot.table.prefetch(address)
+                if slot.table.fetches_ahead and not torch.compiler.is_compiling()
+                else None
+                for slot, address in zip(memory.slots, self.addresses[memory.name], strict=True)
+            ]
+            for memory in active
+        }
 
 
 # The runtime and call of the decoder that runs in this thread; read only by blocks that got no keyword.
@@ -137,7 +149,7 @@ class MemoryRuntime:
             # the decoder is about to make a cache of its own kind; `after_decoder` puts this state into it
             state = MemoryState(keep=keep, fixed=False, memories=names)
         window = Window.begin(ids_BT, real_BT, starts_BT=starts_BT, state=state, keep=keep)
-        return MemoryCall(window, {memory.name: memory.addresses(window) for memory in active})
+        return MemoryCall(window, active)
 
     def _given(self, args: tuple, kwargs: dict) -> dict:
         """The decoder's arguments by name, however they were passed."""
@@ -163,20 +175,26 @@ class MemoryRuntime:
         """hidden plus what every memory at this block adds."""
         for name, addresses in call.addresses.items():
             memory = self.memories[name]
-            for slot, address_BTC in zip(memory.slots, addresses, strict=True):
+            for slot, address_BTC, ticket in zip(memory.slots, addresses, call.tickets[name], strict=True):
                 if slot.block == block:
-                    hidden = self._slot(memory, slot, hidden, address_BTC, call.window)
+                    hidden = self._slot(memory, slot, hidden, address_BTC, ticket, call.window)
         return hidden
 
     def _slot(
-        self, memory: Memory, slot: MemorySlot, hidden: Tensor, address_BTC: Tensor, window: Window
+        self,
+        memory: Memory,
+        slot: MemorySlot,
+        hidden: Tensor,
+        address_BTC: Tensor,
+        ticket: Ticket | None,
+        window: Window,
     ) -> Tensor:
         if not torch.compiler.is_compiling():
             learning = torch.is_grad_enabled() and slot.handle.requires_grad
             slot.table.gradients.check(slot.handle, training=learning)
             if learning and slot.training:
                 _refuse_distributed(slot)
-        rows_BTCW = slot.table.read(address_BTC, slot.handle).to(hidden.device)
+        rows_BTCW = slot.table.read(address_BTC, slot.handle, ticket).to(hidden.device)
         output = slot(hidden, rows_BTCW.flatten(2), window, key=(memory.name, slot.block))
         if self.sink is not None and not torch.compiler.is_compiling():
             self.sink.append(_record(memory, slot, hidden, address_BTC, rows_BTCW, output, window))

@@ -9,7 +9,7 @@ through a one-element handle (see `tables.gradients`).
     ticket = table.prefetch(address)            # decides when the work is done, never what the answer is
     rows = ticket.rows()
 
-Two halves: `format`, `codecs`, `layout`, `store`, `disk` and `cached` read and write bytes with NumPy alone; `device`,
+Two halves: `format`, `codecs`, `layout`, `safetensors`, `shipped`, `store`, `disk` and `cached` read and write bytes with NumPy alone; `device`,
 `gradients`, `rules` and the rest need torch. Names load their half when first used.
 """
 
@@ -22,6 +22,8 @@ _WHERE = {
     "forget_pending": "gradients",
     "pending_rows": "gradients",
     "RowAdam": "rules",
+    "RowAdamMomentum": "rules",
+    "RowMomentumSinkhorn": "rules",
     "RowRMSprop": "rules",
     "RowRule": "rules",
     "SGD": "rules",
@@ -37,9 +39,13 @@ _WHERE = {
     "verify": "format",
     "Layout": "layout",
     "Segment": "layout",
+    "names_of": "shipped",
+    "open_shipped": "shipped",
     "HostStore": "store",
     "Store": "store",
     "DiskStore": "disk",
+    "CachedStore": "cached",
+    "StoredTable": "stored",
 }
 
 __all__ = list(_WHERE)

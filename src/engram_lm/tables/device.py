@@ -59,6 +59,8 @@ class DeviceTable:
         self.gradients = RowGradients(self, rule=rule, name=name)
         self._register()
 
+    fetches_ahead = False
+
     def _register(self) -> None:
         self.key = next(_KEYS)
         _BY_KEY[self.key] = self
@@ -120,7 +122,7 @@ class DeviceTable:
         """Memory is as near as this table gets: the ticket gathers when asked."""
         return Ready(self, address)
 
-    def read(self, address: Tensor, handle: Tensor) -> Tensor:
+    def read(self, address: Tensor, handle: Tensor, ticket: "Ready | None" = None) -> Tensor:
         """`gather` with a gradient: what a layer calls. `handle` must be this table's handle parameter."""
         if torch.compiler.is_compiling():
             return _gather_op(handle, address, self.key, self.width, self._rows.dtype)
@@ -137,7 +139,9 @@ class DeviceTable:
         if self.dtype != torch.float32:
             raise RowUpdateError(f"Rows of {self.gradients.name} are {self.dtype}; only float32 rows train.")
         if self._state is None:
-            self._state = rule.new_state(self.n_rows, lambda shape, dtype: _zeros(shape, dtype, self.device))
+            self._state = rule.new_state(
+                self.n_rows, self.width, lambda shape, dtype: _zeros(shape, dtype, self.device)
+            )
         rule.apply(self._rows, self._state, unique, gradient, learning_rate=learning_rate, scale=scale)
 
     def rows_view(self) -> Tensor:
@@ -166,7 +170,7 @@ class DeviceTable:
         self._state = None
         if state:
             fresh = self.gradients.rule.new_state(
-                self.n_rows, lambda shape, dtype: _zeros(shape, dtype, self.device)
+                self.n_rows, self.width, lambda shape, dtype: _zeros(shape, dtype, self.device)
             )
             if set(fresh) != set(state) or any(fresh[name].shape != state[name].shape for name in fresh):
                 raise CheckpointError(

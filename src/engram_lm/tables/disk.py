@@ -36,8 +36,9 @@ class DiskStore(Store):
 
     def __init__(self, layout: Layout, *, depth: int = DEPTH, direct: bool = True) -> None:
         super().__init__(
-            name=layout.name, n_rows=layout.n_rows, width=layout.width, codec=layout.codec, scale=layout.scale
-        )
+            name=layout.name, n_rows=layout.n_rows, width=layout.width, codec=layout.codec, scale=layout.scale,
+            identity=layout.identity,
+        )  # fmt: skip
         self.layout, self.depth = layout, depth
         self._sums = read_checksums_of(layout)
         self._files: dict[Path, int] = {}

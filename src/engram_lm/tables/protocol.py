@@ -20,12 +20,17 @@ class Table(Protocol):
 
     n_rows: int
     width: int
+    # Whether `prefetch` is worth calling before the rows are needed.
+    fetches_ahead: bool
 
     def gather(self, address: Any, *, out: Any = None) -> Any:
         """Rows [..., width] at int64 addresses [...]. Raises AddressError before reading when one is out of range."""
 
     def prefetch(self, address: Any) -> Ticket:
         """Begin a gather and return its ticket."""
+
+    def read(self, address: Any, handle: Any, ticket: Ticket | None = None) -> Any:
+        """`gather`, with a gradient where rows train: what a layer calls, with the ticket it was given."""
 
 
 @runtime_checkable

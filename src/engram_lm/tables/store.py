@@ -26,8 +26,17 @@ OUT_DTYPES = {"fp32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
 class Store:
     """Base: `n_rows` records of `record_bytes`, decoded by `codec`."""
 
-    def __init__(self, *, name: str, n_rows: int, width: int, codec: str, scale: float = 1.0) -> None:
-        self.name, self.n_rows, self.width, self.scale = name, n_rows, width, scale
+    def __init__(
+        self,
+        *,
+        name: str,
+        n_rows: int,
+        width: int,
+        codec: str,
+        scale: float = 1.0,
+        identity: dict | None = None,
+    ) -> None:
+        self.name, self.n_rows, self.width, self.scale, self.identity = name, n_rows, width, scale, identity
         self.codec = codec_named(codec)
         self.record_bytes = self.codec.record_bytes(width)
 
@@ -86,6 +95,7 @@ class HostStore(Store):
             name=layout.name, n_rows=layout.n_rows, width=layout.width, codec=layout.codec, scale=layout.scale,
             huge_pages=huge_pages,
         )  # fmt: skip
+        store.identity = layout.identity
         done, total = 0, layout.n_rows * layout.record_bytes
         for first_row, record_NR in records_of(layout):
             store.record_RB[first_row : first_row + len(record_NR)] = record_NR

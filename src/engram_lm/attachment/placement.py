@@ -1,0 +1,96 @@
+"""Which tier a memory's rows lie on: one table in place of another, with the same rows, so that only the time changes."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from engram_lm.attachment.memory import Memory, MemorySlot
+from engram_lm.errors import CheckpointError, ConfigError, IdentityError
+from engram_lm.tables.cached import CachedStore
+from engram_lm.tables.disk import DiskStore
+from engram_lm.tables.layout import Layout
+from engram_lm.tables.store import HostStore, Store
+from engram_lm.tables.stored import StoredTable
+
+Tier = Literal["device", "host", "disk", "cached"]
+
+
+def store_on(
+    tier: Tier,
+    layout: Layout,
+    *,
+    cache_bytes: int | None = None,
+    report: Callable[[int, int], None] | None = None,
+) -> Store:
+    """The store that reads `layout` from a tier: "host" loads it, "disk" reads it, "cached" keeps hot rows of the disk."""
+    if (cache_bytes is not None) != (tier == "cached"):
+        raise ConfigError("cache_bytes belongs to the tier 'cached', and to that alone.")
+    if tier == "host":
+        return HostStore.load(layout, report=report)
+    if tier == "disk":
+        return DiskStore(layout)
+    if tier == "cached":
+        return CachedStore(DiskStore(layout), budget_bytes=cache_bytes)
+    raise ConfigError(f"Files are read from the tiers host, disk and cached; got {tier!r}.")
+
+
+def use_table(model: nn.Module, block: int, table: Any, *, memory: str = "memory") -> nn.Module:
+    """Let the memory before `block` read `table`. Other sizes, or a file of another identity, are refused.
+
+    table: a StoredTable over a file, a DeviceTable, or anything that keeps `engram_lm.tables.Table`.
+    """
+    from engram_lm.attachment import _runtime
+
+    runtime = _runtime(model)
+    if memory not in runtime.memories:
+        raise ConfigError(f"The model has no memory named {memory!r}; it has {', '.join(runtime.memories)}.")
+    found: Memory = runtime.memories[memory]
+    slot = next((slot for slot in found.slots if slot.block == block), None)
+    if slot is None:
+        raise ConfigError(
+            f"{memory!r} has no table at block {block}; it has {[s.block for s in found.slots]}."
+        )
+    _require_fit(slot, table)
+    put_table(slot, table, model=model)
+    return model
+
+
+def put_table(slot: MemorySlot, table: Any, *, model: nn.Module) -> None:
+    """Exchange a slot's table and handle."""
+    old = slot.handle
+    handle = table.gradients.handle
+    handle.data = handle.data.to(device=old.device, dtype=old.dtype)
+    table.gradients.belong_to(model)
+    table.gradients.set_updates(table.gradients.updates)
+    slot.table, slot.handle = table, handle
+
+
+def open_rows(
+    path: str | os.PathLike, *, tier: Tier = "disk", dtype: torch.dtype = torch.float32, **options: Any
+) -> StoredTable:
+    """A packed file (docs/format.md) as a table: `use_table(model, 1, open_rows("layer1.engram"))`."""
+    from engram_lm.tables.format import open_packed
+
+    return StoredTable(store_on(tier, open_packed(Path(path)), **options), dtype=dtype)
+
+
+def _require_fit(slot: MemorySlot, table: Any) -> None:
+    if (table.n_rows, table.width) != (slot.table.n_rows, slot.table.width):
+        raise CheckpointError(
+            f"Block {slot.block} reads {slot.table.n_rows:,} rows of {slot.table.width} numbers; the table has "
+            f"{table.n_rows:,} of {table.width}."
+        )
+    facts = getattr(table, "identity", None)
+    if facts is not None:
+        from engram_lm.addressing import Identity
+
+        try:
+            slot.scheme.identity.require_equal(Identity(facts), where=f"The table for block {slot.block}")
+        except KeyError as error:
+            raise IdentityError(
+                f"The table for block {slot.block} has an identity without {error}."
+            ) from None

@@ -1,0 +1,163 @@
+"""Rows on other tiers: the model's answers stay what they were, bit for bit, however and whenever the rows come."""
+
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+import models
+from engram_lm.attachment import memories, open_rows, use_table
+from engram_lm.errors import (
+    AddressError,
+    CheckpointError,
+    ConfigError,
+    IdentityError,
+    RowUpdateError,
+    StateError,
+)
+from engram_lm.tables import CachedStore, DiskStore, HostStore, StoredTable, Writer, open_packed
+from matrix import text
+
+TIERS = {"host": {}, "disk": {}, "cached": {"cache_bytes": 200_000}}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return models.give_memory(models.build("llama"))
+
+
+def packed(model, directory, *, codec="fp32", identity=True):
+    """Every table of the model as a packed file: {block: path}."""
+    found = {}
+    for slot in memories(model)["memory"].slots:
+        path = directory / f"{slot.block}.engram"
+        facts = dict(slot.scheme.identity.facts) if identity else None
+        with Writer(
+            path, n_rows=slot.table.n_rows, width=slot.table.width, codec=codec, identity=facts
+        ) as writer:
+            writer.add_rows(slot.table.rows_view().numpy())
+            writer.finish()
+        found[slot.block] = path
+    return found
+
+
+def placed(model, files, **options):
+    twin = copy.deepcopy(model)
+    for block, path in files.items():
+        use_table(twin, block, open_rows(path, **options))
+    return twin
+
+
+def tables(model):
+    return memories(model)["memory"].tables
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_forward_scoring_and_generation_are_bit_equal_on_every_tier(tier, model, tmp_path):
+    twin = placed(model, packed(model, tmp_path), tier=tier, **TIERS[tier])
+    for table in tables(twin):
+        table.shadow = True
+    ids = text()
+    with torch.no_grad():
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+        assert torch.equal(twin(ids, labels=ids).loss, model(ids, labels=ids).loss)
+        options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+        assert torch.equal(twin.generate(ids, **options), model.generate(ids, **options))
+    assert all(isinstance(table, StoredTable) for table in tables(twin))
+
+
+def test_training_around_frozen_rows_is_bit_equal_checkpointing_included(model, tmp_path):
+    files, ids = packed(model, tmp_path), text()
+    gradients = []
+    for make in (copy.deepcopy, lambda m: placed(m, files, tier="disk")):
+        twin = make(model).train()
+        for slot in memories(twin)["memory"].slots:
+            slot.handle.requires_grad_(False)
+        twin.activation_checkpointing_enable()
+        twin(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append({name: p.grad for name, p in twin.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+def test_a_prefetch_that_fails_changes_no_value_and_is_logged(model, tmp_path, monkeypatch, caplog):
+    twin, ids = placed(model, packed(model, tmp_path), tier="disk"), text()
+    read, failed = DiskStore.read_records, []
+
+    def fail_once(self, row_U, out_UR):
+        if len(failed) < 2:
+            failed.append(self.name)
+            raise RuntimeError("injected")
+        return read(self, row_U, out_UR)
+
+    monkeypatch.setattr(DiskStore, "read_records", fail_once)
+    with torch.no_grad(), caplog.at_level(logging.WARNING):
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+    assert len(failed) == 2
+    assert sum("prefetch" in record.message for record in caplog.records) == 2
+
+
+def test_shadow_mode_notices_other_rows(model, tmp_path, monkeypatch):
+    twin, calls = placed(model, packed(model, tmp_path), tier="disk"), []
+    gather = DiskStore.gather
+
+    def other(self, address, **options):
+        calls.append(None)
+        rows = gather(self, address, **options)
+        return rows if len(calls) % 2 else np.negative(rows, out=rows)
+
+    for table in tables(twin):
+        table.shadow = True
+    monkeypatch.setattr(DiskStore, "gather", other)
+    with torch.no_grad(), pytest.raises(StateError, match="brought other rows than a gather"):
+        twin(text())
+
+
+def test_a_ticket_may_be_asked_twice_and_addresses_outside_raise_at_once(tmp_path):
+    store = HostStore(n_rows=9, width=8)
+    store.record_RB[:] = np.arange(9 * 32, dtype=np.uint8).reshape(9, 32)
+    table = StoredTable(store, dtype=torch.bfloat16)
+    address = torch.tensor([[0, 8], [3, 3]])
+    ticket = table.prefetch(address)
+    first = ticket.rows()
+    assert torch.equal(first.view(torch.int16), ticket.rows().view(torch.int16))
+    assert torch.equal(first.view(torch.int16), table.gather(address).view(torch.int16))
+    with pytest.raises(AddressError, match="Address 9 at place 1 is outside"):
+        table.prefetch(torch.tensor([0, 9]))
+
+
+def test_a_cache_within_its_budget_gives_the_same_rows_and_counts_hits(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
+    with Writer(tmp_path / "t.engram", n_rows=3000, width=16, codec="bf16") as writer:
+        writer.add_rows(rows)
+        writer.finish()
+    disk = DiskStore(open_packed(tmp_path / "t.engram"))
+    rng = np.random.default_rng(1)
+    for policy in ("lru", "frequency"):
+        store = CachedStore(disk, budget_bytes=40_000, policy=policy)
+        assert 0.9 * 40_000 < store.bytes_held <= 40_000
+        for _ in range(200):
+            address = (3000 * rng.random(64) ** 4).astype(np.int64)
+            assert np.array_equal(store.gather(address), disk.gather(address))
+        assert store.hits > store.misses > 0
+    with pytest.raises(ConfigError, match="holds no set of rows; give at least 788"):
+        CachedStore(disk, budget_bytes=100)
+
+
+def test_what_does_not_fit_is_refused(model, tmp_path):
+    files = packed(model, tmp_path)
+    first, second = files
+    twin = copy.deepcopy(model)
+    with pytest.raises((IdentityError, CheckpointError), match=r"layer|reads .* rows"):
+        use_table(twin, first, open_rows(files[second]))
+    with pytest.raises(ConfigError, match="has no table at block 77"):
+        use_table(twin, 77, open_rows(files[first]))
+    with pytest.raises(ConfigError, match="cache_bytes belongs to the tier 'cached'"):
+        open_rows(files[first], tier="cached")
+    with pytest.raises(CheckpointError, match="the table has 7 of 3"):
+        use_table(twin, first, StoredTable(HostStore(n_rows=7, width=3)))
+    use_table(twin, first, open_rows(files[first]))
+    with pytest.raises(RowUpdateError, match="read only"):
+        tables(twin)[0].update(torch.tensor([0]), torch.zeros(1, 4), rule=None, learning_rate=1.0)
