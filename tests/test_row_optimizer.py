@@ -13,6 +13,8 @@ from engram_lm.tables import (
     SGD,
     DeviceTable,
     RowAdam,
+    RowAdamMomentum,
+    RowMomentumSinkhorn,
     RowRMSprop,
     forget_pending,
     pending_rows,
@@ -132,28 +134,73 @@ def test_trainer_is_bit_equal_to_a_dense_embedding(seed, tmp_path):
     assert torch.equal(table.linear.weight, dense.linear.weight)
 
 
-@pytest.mark.parametrize("rule", [SGD(), RowRMSprop(), RowAdam(), RowAdam(rate=2.0, beta2=0.9, eps=1e-3)])
+RULES = [
+    SGD(),
+    RowRMSprop(),
+    RowAdam(),
+    RowAdam(rate=2.0, beta2=0.9, eps=1e-3),
+    RowAdamMomentum(),
+    RowAdamMomentum(beta1=0.5, beta2=0.9, eps=1e-3),
+    RowMomentumSinkhorn(),
+    RowMomentumSinkhorn(gamma=1.0, balancings=1, tau=0.5, momentum=0.3),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_kernels_follow_their_plain_twins(rule):
     torch.manual_seed(0)
     start = torch.randn(40, 6)
     rows = [start.clone(), start.clone()]
-    states = [rule.new_state(40, allocate), rule.new_state(40, allocate)]
+    states = [rule.new_state(40, 6, allocate), rule.new_state(40, 6, allocate)]
     for step in range(6):
-        unique = torch.randperm(40)[: 5 + step].sort().values
+        unique = torch.randperm(40)[: 5 * step].sort().values  # no rows at first
         gradient = torch.randn(len(unique), 6) * 10.0 ** (step - 3)
+        gradient[3:4] = 0.0
         rule.apply_fast(rows[0], states[0], unique, gradient, 0.1, 0.7)
         rule.apply_plain(rows[1], states[1], unique, gradient, 0.1, 0.7)
+    assert (rows[0] - start).abs().max() > 1e-2
     torch.testing.assert_close(rows[0], rows[1], rtol=2e-6, atol=2e-6)
     for name in states[0]:
-        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-6, atol=0)
+        torch.testing.assert_close(states[0][name], states[1][name], rtol=1e-6, atol=1e-9)
 
 
-def test_row_adam_is_adam_on_its_second_moment():
-    """One row of width 1 is one number: torch's Adam with beta1 = 0 must agree."""
+@pytest.mark.parametrize("rule", RULES)
+def test_the_same_updates_give_the_same_bits(rule):
+    finals = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        table = DeviceTable(n_rows=40, width=6, rule=rule)
+        for _ in range(3):
+            unique = torch.randperm(40)[:20].sort().values
+            table.update(unique, torch.randn(20, 6), rule=rule, learning_rate=0.1)
+        finals.append({name: tensor.clone() for name, tensor in table.checkpoint().items()})
+    assert finals[0]["rows"].any()
+    for name, tensor in finals[0].items():
+        assert torch.equal(tensor, finals[1][name])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rows_that_no_gradient_reaches_keep_their_numbers_and_state(rule):
+    torch.manual_seed(0)
+    table = DeviceTable(n_rows=9, width=4, rule=rule)
+    table.update(torch.arange(9), torch.randn(9, 4), rule=rule, learning_rate=0.1)
+    before = {name: tensor.clone() for name, tensor in table.checkpoint().items()}
+    table.update(torch.tensor([2, 5]), torch.randn(2, 4), rule=rule, learning_rate=0.1)
+    others = torch.tensor([0, 1, 3, 4, 6, 7, 8])
+    assert not torch.equal(table.rows_view()[2], before["rows"][2])
+    for name, tensor in table.checkpoint().items():
+        assert torch.equal(tensor[others], before[name][others])
+
+
+@pytest.mark.parametrize(
+    ("rule", "beta1"), [(RowAdam(rate=1.0, beta2=0.99), 0.0), (RowAdamMomentum(rate=1.0, beta2=0.99), 0.9)]
+)
+def test_row_adam_is_adam_on_its_second_moment(rule, beta1):
+    """One row of width 1 is one number: torch's Adam must agree."""
     parameter = nn.Parameter(torch.tensor([0.3]))
-    adam = torch.optim.Adam([parameter], lr=0.05, betas=(0.0, 0.99), eps=1e-8)
-    rule, rows = RowAdam(rate=1.0, beta2=0.99), torch.tensor([[0.3]])
-    state = rule.new_state(1, allocate)
+    adam = torch.optim.Adam([parameter], lr=0.05, betas=(beta1, 0.99), eps=1e-8)
+    rows = torch.tensor([[0.3]])
+    state = rule.new_state(1, 1, allocate)
     for gradient in (0.5, -2.0, 0.01, 3.0):
         parameter.grad = torch.tensor([gradient])
         adam.step()
@@ -161,12 +208,91 @@ def test_row_adam_is_adam_on_its_second_moment():
     torch.testing.assert_close(rows[0], parameter.data, rtol=1e-5, atol=1e-6)
 
 
+def test_row_adam_momentum_by_hand():
+    """beta1 = beta2 = 0.5, two steps. Gradients (3, 4) and (0, 2) have mean squares 12.5 and 2."""
+    rule, rows = RowAdamMomentum(rate=1.0, beta1=0.5, beta2=0.5), torch.zeros(3, 2)
+    state = rule.new_state(3, 2, allocate)
+    one = torch.tensor([1])
+    rule.apply(rows, state, one, torch.tensor([[3.0, 4.0]]), learning_rate=0.1, scale=1.0)
+    # m = (1.5, 2) and v = 6.25, corrected to (3, 4) and 12.5
+    wanted = -0.1 * torch.tensor([3.0, 4.0]) / 12.5**0.5
+    torch.testing.assert_close(rows[1], wanted)
+    rule.apply(rows, state, one, torch.tensor([[0.0, 2.0]]), learning_rate=0.1, scale=1.0)
+    # m = (0.75, 2) and v = 4.125, corrected by 1 - 0.25 to (1, 8/3) and 5.5
+    wanted = wanted - 0.1 * torch.tensor([1.0, 8 / 3]) / 5.5**0.5
+    torch.testing.assert_close(rows[1], wanted)
+    assert state["count"].tolist() == [0, 2, 0]
+    assert not rows[[0, 2]].any()
+
+
+@pytest.mark.parametrize(
+    ("balancings", "balanced"),
+    [
+        # rows divided by 5 and 2
+        (1, [[0.6, 0.8], [0.0, 1.0]]),
+        # then columns by 0.6 and sqrt(0.64 + 1), then rows: (1, 0.8 / 1.280625) has norm 1.179086
+        (3, [[0.848115, 0.529813], [0.0, 1.0]]),
+    ],
+)
+def test_momentum_and_sinkhorn_by_hand(balancings, balanced):
+    rule = RowMomentumSinkhorn(gamma=0.5, balancings=balancings)
+    rows, state = torch.zeros(4, 2), rule.new_state(4, 2, allocate)
+    gradient = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    rule.apply(rows, state, torch.tensor([0, 2]), gradient, learning_rate=0.1, scale=1.0)
+    torch.testing.assert_close(state["momentum"][[0, 2]], 0.05 * gradient)
+    torch.testing.assert_close(
+        rows[[0, 2]], -0.1 * 0.5 * 2**0.5 * torch.tensor(balanced), rtol=1e-5, atol=1e-7
+    )
+    assert not rows[[1, 3]].any()
+    # alone, a row is its Nesterov momentum brought to norm 1: 0.95 (0.95 0.05 G + 0.05 H) + 0.05 H = 0.045125 G + 0.0975 H
+    rows.zero_()
+    rule = RowMomentumSinkhorn(gamma=0.5, balancings=1)
+    rule.apply(rows, state, torch.tensor([2]), torch.tensor([[1.0, 0.0]]), learning_rate=0.1, scale=1.0)
+    nesterov = torch.tensor([0.0975, 2 * 0.045125])
+    torch.testing.assert_close(
+        rows[2], -0.1 * 0.5 * 2**0.5 * nesterov / nesterov.norm(), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_sinkhorn_moves_every_row_by_the_same_size_and_every_column_nearly_so():
+    rule = RowMomentumSinkhorn(rate=1.0)
+    rows, state = torch.zeros(64, 8), rule.new_state(64, 8, allocate)
+    gradient = torch.randn(64, 8) * torch.logspace(-1, 1, 64)[:, None] * torch.logspace(-1, 1, 8)
+    gradient[7] = 1e-6  # under a thousandth of the mean norm
+    rule.apply(rows, state, torch.arange(64), gradient, learning_rate=0.1, scale=1.0)
+    size = rows.square().mean(1).sqrt()
+    assert size[7] == 0.0
+    assert state["momentum"][7].all()
+    size[7] = size[6]
+    torch.testing.assert_close(size, torch.full((64,), 0.18 * 0.1), rtol=1e-5, atol=0)
+    across = rows.norm(dim=0)
+    # the gradient's own columns differ a hundredfold
+    assert across.max() / across.min() < 1.01
+
+
 def test_state_bytes_are_as_stated():
-    for rule, wanted in ((SGD(), 0), (RowRMSprop(), 4), (RowAdam(), 8)):
+    wanted = {SGD(): 0, RowRMSprop(): 4, RowAdam(): 8, RowAdamMomentum(): 136, RowMomentumSinkhorn(): 128}
+    for rule, n_bytes in wanted.items():
         table = DeviceTable(n_rows=100, width=32, rule=rule)
         table.update(torch.tensor([3]), torch.ones(1, 32), rule=rule, learning_rate=0.1)
-        assert rule.bytes_per_row == wanted
-        assert table.state_bytes() == 100 * wanted
+        assert rule.state_bytes_per_row(32) == n_bytes
+        assert table.state_bytes() == 100 * n_bytes
+
+
+@pytest.mark.parametrize("rule", [RowAdamMomentum(), RowMomentumSinkhorn()])
+def test_rules_with_momentum_train_through_any_optimizer_and_go_on_from_a_checkpoint(rule):
+    torch.manual_seed(0)
+    start, data = torch.randn(ROWS, WIDTH), examples(0)
+    whole = Classifier(start, dense=False, rule=rule)
+    train_loop(whole, data[:32], clip=1.0)
+    held = {name: tensor.clone() for name, tensor in whole.table.checkpoint().items()}
+    twin = Classifier(start, dense=False, rule=rule)
+    twin.table.restore(held)
+    twin.linear.load_state_dict(whole.linear.state_dict())
+    for model in (whole, twin):
+        train_loop(model, data[32:], clip=1.0)
+    assert (whole.rows() - start).abs().min() > 1e-4
+    assert torch.equal(whole.rows(), twin.rows())
 
 
 def test_merge_sums_repeated_rows_in_order_and_is_its_plain_twin():
@@ -478,6 +604,8 @@ def test_rows_that_are_not_float32_do_not_train():
 def test_rules_from_json():
     assert rule_from_json(RowAdam(rate=3.0).to_json()) == RowAdam(rate=3.0)
     assert rule_from_json("sgd") == SGD()
+    for rule in RULES:
+        assert rule_from_json(rule.to_json()) == rule
     with pytest.raises(ConfigError, match="Unknown row rule 'adamw'"):
         rule_from_json("adamw")
     with pytest.raises(ConfigError, match="unexpected keyword argument 'beta1'"):
@@ -486,6 +614,10 @@ def test_rules_from_json():
         RowAdam(rate=0)
     with pytest.raises(ConfigError, match=r"beta2 is 1\.5"):
         RowAdam(beta2=1.5)
+    with pytest.raises(ConfigError, match=r"momentum is 1\.0"):
+        RowMomentumSinkhorn(momentum=1.0)
+    with pytest.raises(ConfigError, match="balancings is 10; it must be odd"):
+        RowMomentumSinkhorn(balancings=10)
 
 
 def test_no_warning_from_an_optimizer_that_finds_no_gradient_on_the_handle():

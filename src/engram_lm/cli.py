@@ -182,7 +182,7 @@ def train(
     hash_seed
         Seed of the hash multipliers (the profile's).
     rule
-        How rows train: row-adam, row-rmsprop or sgd (row-adam).
+        How rows train: row-adam, row-adam-momentum, row-momentum-sinkhorn, row-rmsprop or sgd (row-adam).
     tokens
         How many tokens to train on (all of the training side).
     epochs

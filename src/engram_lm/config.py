@@ -29,7 +29,8 @@ class MemoryConfig:
         conv_kernel, conv_dilation: the short conv; kernel 0 for none.
         fill_token_id: raw id that fills the look-back before a sequence starts; default the tokenizer's pad, else its EOS.
         dead_token_ids: raw ids that stop the look-back wherever they stand (image placeholders, say).
-        rule: how rows train: "row-adam", "row-rmsprop", "sgd", or a rule's JSON as a dict.
+        rule: how rows train: "row-adam", "row-adam-momentum", "row-momentum-sinkhorn", "row-rmsprop", "sgd", or a rule's
+            JSON as a dict (see `engram_lm.tables.rules`).
         row_dtype: "float32" (trainable), "bfloat16" or "float16" (read only).
     """
 

@@ -134,6 +134,86 @@ def update_adam(rows_RW, second_R, count_R, unique_U, gradient_UW, rate, scale, 
             rows_RW[r, w] -= step * (scale * gradient_UW[u, w])
 
 
+@njit(nogil=True, cache=True)
+def update_adam_momentum(
+    rows_RW, first_RW, second_R, count_R, unique_U, gradient_UW, rate, scale, beta1, beta2, eps
+):
+    """Row-wise Adam with a first moment for every number; second moment and count are one a row."""
+    width = rows_RW.shape[1]
+    for u in range(unique_U.shape[0]):
+        r = unique_U[u]
+        total = 0.0
+        for w in range(width):
+            g = np.float64(scale * gradient_UW[u, w])
+            total += g * g
+            first_RW[r, w] = np.float32(beta1 * first_RW[r, w] + (1.0 - beta1) * g)
+        count_R[r] += 1
+        second_R[r] = np.float32(beta2 * second_R[r] + (1.0 - beta2) * (total / width))
+        count = np.float64(count_R[r])
+        corrected = np.float64(second_R[r]) / (1.0 - beta2**count)
+        step = np.float32(rate / ((1.0 - beta1**count) * (np.sqrt(corrected) + eps)))
+        for w in range(width):
+            rows_RW[r, w] -= step * first_RW[r, w]
+
+
+@njit(nogil=True, cache=True)
+def update_sinkhorn(rows_RW, momentum_RW, unique_U, gradient_UW, rate, scale, momentum, tau, balancings):
+    """Nesterov momentum, then `balancings` (odd) divisions of rows and columns in turn by their L2 norms.
+
+    The balanced matrix is diag(a) N diag(c), so only the squares of a and c are carried: 1 / a_u^2 = sum_w N_uw^2 c_w^2
+    for a division of rows, 1 / c_w^2 = sum_u N_uw^2 a_u^2 for one of columns. A row division and the sums of the column
+    division after it share a pass over N. All sums are float64 and in the order of the rows.
+    """
+    n, width = gradient_UW.shape
+    nesterov_UW = np.empty((n, width), np.float32)
+    row_square_U = np.empty(n, np.float64)
+    mean_norm = 0.0
+    for u in range(n):
+        r = unique_U[u]
+        total = 0.0
+        for w in range(width):
+            g = np.float64(scale * gradient_UW[u, w])
+            momentum_RW[r, w] = np.float32(momentum * momentum_RW[r, w] + (1.0 - momentum) * g)
+            value = np.float32(momentum * momentum_RW[r, w] + (1.0 - momentum) * g)
+            nesterov_UW[u, w] = value
+            total += np.float64(value) * np.float64(value)
+        row_square_U[u] = total
+        mean_norm += np.sqrt(total) / n
+    for u in range(n):
+        if np.sqrt(row_square_U[u]) <= tau * mean_norm:
+            for w in range(width):
+                nesterov_UW[u, w] = 0.0
+    column_scale_W = np.ones(width, np.float64)  # squares of c
+    column_square_W = np.empty(width, np.float64)
+    for _ in range((balancings - 1) // 2):
+        for w in range(width):
+            column_square_W[w] = 0.0
+        for u in range(n):
+            row_scale = _row_scale(nesterov_UW, u, column_scale_W)
+            for w in range(width):
+                value = np.float64(nesterov_UW[u, w])
+                column_square_W[w] += value * value * row_scale
+        for w in range(width):
+            column_scale_W[w] = 1.0 / column_square_W[w] if column_square_W[w] > 0.0 else 1.0
+    for w in range(width):
+        column_square_W[w] = np.sqrt(column_scale_W[w])
+    for u in range(n):
+        r = unique_U[u]
+        size = rate * np.sqrt(np.float64(width)) * np.sqrt(_row_scale(nesterov_UW, u, column_scale_W))
+        for w in range(width):
+            rows_RW[r, w] -= np.float32(size * (np.float64(nesterov_UW[u, w]) * column_square_W[w]))
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _row_scale(values_UW, u, column_scale_W):
+    """1 / the square of row u's norm under the columns' scales; 1 for a row of zeros."""
+    total = 0.0
+    for w in range(column_scale_W.shape[0]):
+        value = np.float64(values_UW[u, w])
+        total += value * value * column_scale_W[w]
+    return 1.0 / total if total > 0.0 else 1.0
+
+
 def zero_pages(n_bytes: int, *, huge: bool = True) -> mmap.mmap:
     """`n_bytes` of private anonymous memory asking for huge pages (or refusing them): zero, free until touched.
 

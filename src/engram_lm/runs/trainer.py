@@ -163,7 +163,9 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> None:
         memory = found.get(entry["config"]["name"])
         for table in entry["tables"]:
             state = directory / f"state-{entry['config']['name']}-{table['block']}.safetensors"
-            stateful = memory is not None and memory.tables[0].gradients.rule.bytes_per_row
+            stateful = memory is not None and memory.tables[0].gradients.rule.state_bytes_per_row(
+                table["width"]
+            )
             if table["updates"] and stateful and not state.exists():
                 raise CheckpointError(
                     f"{state} is missing: the rows cannot go on as if nothing had happened."
