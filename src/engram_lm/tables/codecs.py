@@ -12,6 +12,8 @@ import numpy as np
 from engram_lm.errors import ConfigError
 
 E4M3_MAX = 448.0
+BF16_MAX = float.fromhex("0x1.fep127")
+_FLOAT_MAX = float(np.finfo(np.float32).max)
 BLOCK = 32  # numbers that share an e8m0 scale
 
 
@@ -63,7 +65,11 @@ class Bf16(Codec):
         return 2 * width
 
     def encode(self, rows_NW: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
-        return bf16_bits(rows_NW).view(np.uint8)
+        bits = bf16_bits(rows_NW)
+        lost = ((bits & 0x7FFF) == 0x7F80) & np.isfinite(rows_NW)
+        if lost.any():
+            raise ConfigError(f"{self.name} holds numbers up to {BF16_MAX:g}; got {rows_NW[lost][0]:g}.")
+        return bits.view(np.uint8)
 
     def decode(self, records_NR: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
         return bf16_values(np.ascontiguousarray(records_NR).view("<u2"))
@@ -90,18 +96,27 @@ class Fp8Blocks(Codec):
         mantissa_NK, exponent_NK = np.frexp(largest_NK / E4M3_MAX)
         exponent_NK = np.where(largest_NK == 0, 0, exponent_NK - (mantissa_NK == 0.5))
         exponent_NK = np.clip(exponent_NK, -127, 127)
-        codes = e4m3_codes(np.ldexp(blocks_NKB, -exponent_NK[..., None])).reshape(N, W)
+        codes_NKB = e4m3_codes(np.ldexp(blocks_NKB, -exponent_NK[..., None]))
+        if largest_NK.max(initial=0.0) > _FLOAT_MAX / 2:
+            decoded_NKB = np.ldexp(_MAGNITUDE[codes_NKB], exponent_NK[..., None])
+            _representable(rows_NW, decoded_NKB.reshape(N, W), self.name)
+        codes = codes_NKB.reshape(N, W)
         return np.concatenate([codes, (exponent_NK + 127).astype(np.uint8)], axis=1)
 
     def decode(self, records_NR: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
         N, R = records_NR.shape
         W = R * BLOCK // (BLOCK + 1)
         scales_NK = e8m0_values(records_NR[:, W:])
-        return (E4M3[records_NR[:, :W]].reshape(N, -1, BLOCK) * scales_NK[..., None]).reshape(N, W)
+        # bytes of others may hold products beyond float32: infinite, as the kernels have them
+        with np.errstate(over="ignore"):
+            return (E4M3[records_NR[:, :W]].reshape(N, W // BLOCK, BLOCK) * scales_NK[..., None]).reshape(
+                N, W
+            )
 
     def error_bound(self, rows_NW: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
         absolute = np.abs(rows_NW.astype(np.float64))
-        largest = absolute.reshape(len(rows_NW), -1, BLOCK).max(-1, initial=0.0).repeat(BLOCK, -1)
+        N, W = rows_NW.shape
+        largest = absolute.reshape(N, W // BLOCK, BLOCK).max(-1, initial=0.0).repeat(BLOCK, -1)
         return np.maximum(np.maximum(absolute * 2.0**-4, largest * 2.0**-17), 2.0**-137)
 
 
@@ -113,20 +128,28 @@ class Fp8(Codec):
 
     def encode(self, rows_NW: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
         _finite(rows_NW, self.name)
+        # as decode has it, and as a header keeps it
+        scale = float(np.float32(scale))
         scaled = rows_NW.astype(np.float64) / scale
         largest = np.abs(scaled).max(initial=0.0)
         if largest > E4M3_MAX:
             raise ConfigError(
                 f"{self.name} with scale {scale:g} holds numbers up to {E4M3_MAX * scale:g}; got {largest * scale:g}. "
-                f"Use a scale of at least {largest * scale / E4M3_MAX:.6g}."
+                f"Use a scale of at least {largest * scale / E4M3_MAX * 1.00001:.6g}."
             )
-        return e4m3_codes(scaled)
+        codes = e4m3_codes(scaled)
+        if E4M3_MAX * scale > _FLOAT_MAX:
+            _representable(rows_NW, _MAGNITUDE[codes] * scale, self.name)
+        return codes
 
     def decode(self, records_NR: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
-        return E4M3[records_NR] * np.float32(scale)
+        with np.errstate(over="ignore"):
+            return E4M3[records_NR] * np.float32(scale)
 
     def error_bound(self, rows_NW: np.ndarray, *, scale: float = 1.0) -> np.ndarray:
-        return np.maximum(np.abs(rows_NW.astype(np.float64)) * 2.0**-4, 2.0**-10 * scale)
+        bound = np.maximum(np.abs(rows_NW.astype(np.float64)) * 2.0**-4, 2.0**-10 * scale)
+        # the product of code and scale is rounded to float32
+        return bound * (1 + 2.0**-20) + 2.0**-150
 
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Fp32(), Bf16(), Fp8Blocks(), Fp8())}
@@ -168,6 +191,7 @@ def _e4m3_table() -> np.ndarray:
 E4M3 = _e4m3_table()
 _POSITIVE = E4M3[:127].astype(np.float64)
 _HALFWAY = (_POSITIVE[1:] + _POSITIVE[:-1]) / 2
+_MAGNITUDE = np.abs(E4M3).astype(np.float64)
 
 
 def e4m3_codes(values: np.ndarray) -> np.ndarray:
@@ -186,3 +210,12 @@ def e8m0_values(codes: np.ndarray) -> np.ndarray:
 def _finite(rows_NW: np.ndarray, name: str) -> None:
     if not np.isfinite(rows_NW).all():
         raise ConfigError(f"{name} holds finite numbers; got {rows_NW[~np.isfinite(rows_NW)][0]}.")
+
+
+def _representable(rows_NW: np.ndarray, decoded_NW: np.ndarray, name: str) -> None:
+    """Rounding up must not leave float32: the number would come back infinite."""
+    lost = decoded_NW > _FLOAT_MAX
+    if lost.any():
+        raise ConfigError(
+            f"{name} would round {rows_NW[lost][0]:g} to {decoded_NW[lost][0]:g}, beyond float32."
+        )
