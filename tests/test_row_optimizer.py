@@ -595,12 +595,6 @@ def test_gather_is_indexing(dtype, n):
     assert torch.equal(table.prefetch(address).rows(), table.gather(address))
 
 
-def test_rows_that_are_not_float32_do_not_train():
-    table = DeviceTable(n_rows=4, width=2, dtype=torch.bfloat16)
-    with pytest.raises(RowUpdateError, match="only float32 rows train"):
-        table.update(torch.tensor([0]), torch.ones(1, 2), rule=SGD(), learning_rate=0.1)
-
-
 def test_rules_from_json():
     assert rule_from_json(RowAdam(rate=3.0).to_json()) == RowAdam(rate=3.0)
     assert rule_from_json("sgd") == SGD()

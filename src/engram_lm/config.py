@@ -31,7 +31,7 @@ class MemoryConfig:
         dead_token_ids: raw ids that stop the look-back wherever they stand (image placeholders, say).
         rule: how rows train: "row-adam", "row-adam-momentum", "row-momentum-sinkhorn", "row-rmsprop", "sgd", or a rule's
             JSON as a dict (see `engram_lm.tables.rules`).
-        row_dtype: "float32" (trainable), "bfloat16" or "float16" (read only).
+        row_dtype: "float32" or "bfloat16" (both trainable; bfloat16 is rounded stochastically), or "float16" (read only).
     """
 
     layers: tuple[int, ...]

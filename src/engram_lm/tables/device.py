@@ -3,6 +3,9 @@
 New rows are zero and cost no memory until they are first written (private anonymous pages). On the CPU a gather is the
 kernel of `kernels.rows`; elsewhere it is `index_select`. Under torch.compile it is the custom op `engram_lm::gather`,
 keyed by the table, so that a graph never holds rows.
+
+Rows of bfloat16 train too: those a step touches become float32, take the rule's step, and are rounded back
+stochastically (see `kernels.rounding`), by the number of steps before, the table's seed, and the row's address.
 """
 
 import copy
@@ -16,6 +19,7 @@ from torch import Tensor
 from engram_lm.errors import AddressError, CheckpointError, ConfigError, RowUpdateError
 from engram_lm.kernels import rows as kernels
 from engram_lm.tables.gradients import Gather, RowGradients
+from engram_lm.tables.rounding import round_bf16_stochastic
 from engram_lm.tables.rules import RowRule
 
 _KEYS = itertools.count(1)
@@ -27,10 +31,12 @@ class DeviceTable:
 
     Args:
         n_rows, width: the shape of the table.
-        dtype: float32 (trainable), bfloat16 or float16 (read only).
+        dtype: float32 or bfloat16 (both trainable), or float16 (read only).
         device: where the rows lie. They stay there: moving the model does not move them.
         rule: the row rule that training uses; default RowAdam at 5 times the group's rate.
         name: how errors call it.
+        seed: of the stochastic rounding of bfloat16 rows, from 0.
+        first_row: address of the first row in the table that this one is a part of; rounding goes by that address.
     """
 
     def __init__(
@@ -42,12 +48,18 @@ class DeviceTable:
         device: str | torch.device = "cpu",
         rule: RowRule | None = None,
         name: str = "table",
+        seed: int = 0,
+        first_row: int = 0,
     ) -> None:
         if n_rows < 1 or width < 1:
             raise ConfigError(f"A table needs at least one row and one number a row; got {n_rows} x {width}.")
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"Rows are float32, bfloat16 or float16; got {dtype}.")
+        if not 0 <= seed < 1 << 63:
+            raise ConfigError(f"seed is a whole number from 0 below 2^63; got {seed}.")
         self.n_rows, self.width = n_rows, width
+        self.seed, self.first_row = seed, first_row
+        self._steps = 0
         try:
             self._rows = _zeros((n_rows, width), dtype, torch.device(device))
         except (OSError, OverflowError) as error:
@@ -75,6 +87,7 @@ class DeviceTable:
         twin = object.__new__(DeviceTable)
         memo[id(self)] = twin
         twin.n_rows, twin.width = self.n_rows, self.width
+        twin.seed, twin.first_row, twin._steps = self.seed, self.first_row, self._steps
         twin._rows = self._rows.clone()
         twin._state = copy.deepcopy(self._state, memo)
         twin.gradients = self.gradients.copy_for(twin, memo)
@@ -136,24 +149,40 @@ class DeviceTable:
         self, unique: Tensor, gradient: Tensor, *, rule: RowRule, learning_rate: float, scale: float = 1.0
     ) -> None:
         """Apply `rule` to rows `unique` (int64 [U], ascending) with gradients float32 [U, width]."""
-        if self.dtype != torch.float32:
-            raise RowUpdateError(f"Rows of {self.gradients.name} are {self.dtype}; only float32 rows train.")
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            raise RowUpdateError(
+                f"Rows of {self.gradients.name} are {self.dtype}, which do not train; use float32 or bfloat16."
+            )
         if self._state is None:
             self._state = rule.new_state(
                 self.n_rows, self.width, lambda shape, dtype: _zeros(shape, dtype, self.device)
             )
-        rule.apply(self._rows, self._state, unique, gradient, learning_rate=learning_rate, scale=scale)
+        step = {"learning_rate": learning_rate, "scale": scale}
+        if self.dtype == torch.float32:
+            rule.apply(self._rows, self._state, unique, gradient, **step)
+        else:
+            rows_UW = self._rows[unique].float()
+            state = {name: tensor[unique] for name, tensor in self._state.items()}
+            place_U = torch.arange(len(unique), device=unique.device)
+            rule.apply(rows_UW, state, place_U, gradient, **step)
+            self._rows[unique] = round_bf16_stochastic(
+                rows_UW, unique + self.first_row, seed=self.seed, step=self._steps
+            )
+            for name, tensor in state.items():
+                self._state[name][unique] = tensor
+        self._steps += 1
 
     def rows_view(self) -> Tensor:
         """The rows themselves, [n_rows, width]: for files, tests and instruments. Writing to it is writing the table."""
         return self._rows
 
     def checkpoint(self) -> dict[str, Tensor]:
-        """Rows and row-optimizer state by name (views, not copies)."""
-        return {
-            "rows": self._rows,
-            **{f"state.{name}": tensor for name, tensor in (self._state or {}).items()},
-        }
+        """Rows and row-optimizer state by name (views, not copies); of bfloat16 rows also the rounding's seed and step."""
+        tensors = {"rows": self._rows}
+        tensors |= {f"state.{name}": tensor for name, tensor in (self._state or {}).items()}
+        if self.dtype == torch.bfloat16 and self._steps:
+            tensors["state.rounding"] = torch.tensor([self.seed, self._steps])
+        return tensors
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `checkpoint`. Rows of another shape are refused; state is replaced, or dropped when absent."""
@@ -163,11 +192,15 @@ class DeviceTable:
             raise CheckpointError(
                 f"{self.gradients.name} has {self.n_rows} rows of {self.width} numbers; the checkpoint holds {got}."
             )
-        self._rows.copy_(rows)
         state = {
             name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")
         }
-        self._state = None
+        rounding = state.pop("rounding", None)
+        if rounding is not None and self.dtype != torch.bfloat16:
+            raise CheckpointError(
+                f"{self.gradients.name} holds {self.dtype}; the checkpoint's state is of bfloat16 rows."
+            )
+        fresh = None
         if state:
             fresh = self.gradients.rule.new_state(
                 self.n_rows, self.width, lambda shape, dtype: _zeros(shape, dtype, self.device)
@@ -179,7 +212,11 @@ class DeviceTable:
                 )
             for name, tensor in fresh.items():
                 tensor.copy_(state[name])
-            self._state = fresh
+        self._rows.copy_(rows)
+        self._state = fresh
+        self._steps = 0
+        if rounding is not None:
+            self.seed, self._steps = (int(number) for number in rounding)
 
 
 class Ready:
