@@ -9,8 +9,8 @@ through a one-element handle (see `tables.gradients`).
     ticket = table.prefetch(address)            # decides when the work is done, never what the answer is
     rows = ticket.rows()
 
-Two halves: `format`, `codecs`, `layout`, `safetensors`, `shipped`, `store`, `disk` and `cached` read and write bytes with NumPy alone; `device`,
-`gradients`, `rules` and the rest need torch. Names load their half when first used.
+Two halves: `format`, `codecs`, `layout`, `safetensors`, `shipped`, `store`, `disk` and `cached` read and write bytes with
+NumPy alone; `device`, `gradients`, `rules` and the rest need torch. Names load their half when first used.
 """
 
 from importlib import import_module
@@ -46,6 +46,8 @@ _WHERE = {
     "DiskStore": "disk",
     "CachedStore": "cached",
     "StoredTable": "stored",
+    "LoggedStore": "rowlog",
+    "LoggedTable": "logged",
 }
 
 __all__ = list(_WHERE)

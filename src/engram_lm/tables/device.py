@@ -140,7 +140,7 @@ class DeviceTable:
         if torch.compiler.is_compiling():
             return _gather_op(handle, address, self.key, self.width, self._rows.dtype)
         if torch.is_grad_enabled() and handle.requires_grad:
-            return Gather.apply(handle, self, address)
+            return Gather.apply(handle, self, address, ticket)
         return self.gather(address)
 
     # ---- writing ------------------------------------------------------------------------------------------------

@@ -272,20 +272,20 @@ def merge_plain(address_N: Tensor, gradient_NW: Tensor) -> tuple[Tensor, Tensor]
 
 
 class Gather(torch.autograd.Function):
-    """rows = table[address]; backward leaves (address, gradient) with the table and a zero on the handle."""
+    """rows = table[address] or the ticket's; backward leaves (address, gradient) with the table and a zero on the handle."""
 
     @staticmethod
-    def forward(ctx, handle: Tensor, table: Any, address: Tensor) -> Tensor:
+    def forward(ctx, handle: Tensor, table: Any, address: Tensor, ticket: Any) -> Tensor:
         ctx.table, ctx.address = table, address
         ctx.handle_like = (handle.dtype, handle.device)
-        return table.gather(address)
+        return table.gather(address) if ticket is None else ticket.rows()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         ctx.table.gradients.receive(ctx.address, gradient)
         dtype, device = ctx.handle_like
-        return torch.zeros(1, dtype=dtype, device=device), None, None
+        return torch.zeros(1, dtype=dtype, device=device), None, None, None
 
 
 def pending_rows(model: nn.Module) -> int:
