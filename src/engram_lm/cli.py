@@ -348,6 +348,123 @@ def demo(
     demo_command(memory=memory, max_new_tokens=max_new_tokens, color=color)
 
 
+@table.command
+def simulate(
+    *,
+    tokens: Path,
+    profile: str,
+    budget: str | None = None,
+    concurrency: str = "1",
+    prefill: int | None = None,
+    warm_up: float = 0.0,
+    policy: str = "lru,lfu,tinylfu",
+    entry: Literal["row", "ngram"] = "row",
+    codec: str | None = None,
+    tokenizer: str | None = None,
+    canonical: Flag = False,
+    dtype: Literal["uint16", "int32", "uint32", "int64"] | None = None,
+    separator: int | None = None,
+    field: str | None = None,
+    txt_documents: Literal["file", "line", "paragraph"] | None = None,
+    limit: int | None = None,
+    shuffle: int | None = None,
+    layer: int | None = None,
+    layers: IdList | None = None,
+    rows_per_head: int | None = None,
+    vocab_size: int | None = None,
+    fill_id: int | None = None,
+    eos_ids: IdList | None = None,
+    json: Flag = False,
+    plot: Path | None = None,
+) -> None:
+    """Print how often caches of table rows would hit while a server reads a token stream. Needs no weights.
+
+    Parameters
+    ----------
+    tokens
+        Requests: ids in .npy, .bin or .jsonl ({"ids": [...]} a line), or text in .jsonl or .txt, plain, .gz or .xz.
+    profile
+        Address scheme: paper, deepseek-v4.1, qwen-ple or longcat.
+    budget
+        Sizes of one layer's cache, with commas: 64MB, 1GiB, 0.1% of its table (1 MB and up, by fours).
+    concurrency
+        Requests read at a time, round robin, with commas, as in 1,8,64.
+    prefill
+        Tokens of each request that come first, in one step (one, unless the file has prompt_tokens).
+    warm_up
+        Share of the steps that fill the caches and are not counted.
+    policy
+        lfu, tinylfu, pinned, with commas; lru and static are always there.
+    entry
+        What a cache holds: single rows, or all rows of an n-gram together.
+    codec
+        How rows are stored, which says their bytes (the released model's).
+    tokenizer
+        tokenizer.json, its directory or a hub name; for text, and for profiles that hash canonical ids.
+    canonical
+        The ids are canonical ones.
+    dtype
+        Of a .bin file.
+    separator
+        Id behind which a .npy or .bin stream is cut into requests.
+    field
+        Field of a JSONL line that holds the text (text).
+    txt_documents
+        What a request of a .txt file is (file).
+    limit
+        Read whole requests until they hold this many tokens.
+    shuffle
+        Seed of another order of the requests.
+    layer
+        One block that reads memory, from 0 (each of them).
+    layers
+        All blocks that read the memory, if not the released model's: moduli depend on them.
+    rows_per_head
+        Rows wanted of each head, if not the profile's.
+    vocab_size
+        Number of ids that are hashed, if not the released model's.
+    fill_id
+        Id that stands before the start, if not the released model's.
+    eos_ids
+        Ids that end a text, for profiles that stop there.
+    json
+        Print JSON with the whole curves.
+    plot
+        PNG file for the curves.
+    """
+    from engram_lm.addressing.command import parse_ids
+    from engram_lm.operate.command import simulate_command
+
+    printed = simulate_command(
+        tokens=tokens,
+        profile=profile,
+        budget=budget,
+        concurrency=concurrency,
+        prefill=prefill,
+        warm_up=warm_up,
+        policy=policy,
+        entry=entry,
+        codec=codec,
+        tokenizer=tokenizer,
+        canonical=canonical,
+        dtype=dtype,
+        separator=separator,
+        field=field,
+        txt_documents=txt_documents,
+        limit=limit,
+        shuffle=shuffle,
+        layer=layer,
+        layers=None if layers is None else parse_ids(layers),
+        rows_per_head=rows_per_head,
+        vocab_size=vocab_size,
+        fill_id=fill_id,
+        eos_ids=() if eos_ids is None else parse_ids(eos_ids),
+        json=json,
+        plot=plot,
+    )
+    print(printed)
+
+
 @app.command
 def version() -> None:
     """Print the versions of engram-lm, Python and the libraries whose arithmetic it uses."""
