@@ -134,6 +134,7 @@ class Header:
             identity=self.identity,
             pages_at=self.pages_at,
             checksums_at=self.checksums_at,
+            note=self.note,
             segments=(
                 Segment(
                     path=path,

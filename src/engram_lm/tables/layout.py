@@ -50,7 +50,8 @@ class Layout:
     """A table's rows in files.
 
     segments cover every byte of every row once. identity: readable facts or None. scale: of codec `fp8_e4m3`.
-    checksums_at: where the packed file keeps one checksum a page, or None.
+    checksums_at: where the packed file keeps one checksum a page, or None. note: the packed header's, or the names under
+    which a checkpoint keeps the rows (see `tables.shipped`).
     """
 
     name: str
@@ -62,6 +63,7 @@ class Layout:
     identity: dict[str, Any] | None = None
     checksums_at: int | None = None
     pages_at: int = 0
+    note: str = ""
 
     def __post_init__(self) -> None:
         covered = sum(segment.n_rows * segment.n_bytes for segment in self.segments)
