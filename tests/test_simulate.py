@@ -13,7 +13,7 @@ from engram_lm import cli
 from engram_lm.addressing import PROFILES, resolve
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.kernels import caches
-from engram_lm.operate.command import parse_bytes
+from engram_lm.operate.report import parse_bytes
 from engram_lm.operate.requests import Requests, read_requests
 from engram_lm.operate.simulate import simulate
 

@@ -433,7 +433,7 @@ def simulate(
         PNG file for the curves.
     """
     from engram_lm.addressing.command import parse_ids
-    from engram_lm.operate.command import simulate_command
+    from engram_lm.operate.report import simulate_command
 
     printed = simulate_command(
         tokens=tokens,
