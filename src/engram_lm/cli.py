@@ -2,8 +2,9 @@
 
 Nothing here computes. `engram-lm --help` answers without importing torch, numba or numpy; tests hold it to that.
 
-Exit codes: 0 done; 2 refused, with one line on stderr that starts with `engram-lm:`; 130 interrupted; 141 when the
-reader of a pipe has gone. Anything else is a bug of ours and keeps its traceback.
+Exit codes: 0 done; 1 where `doctor` finds something wrong or `table diff` a difference; 2 refused, with one line on stderr
+that starts with `engram-lm:`; 130 interrupted; 141 when the reader of a pipe has gone. Anything else is a bug of ours and
+keeps its traceback.
 
     engram-lm addresses --profile deepseek-v4.1 --layer 1 --canonical --ids 0,5,17,-1,42 --json
 """
@@ -29,7 +30,10 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 # engram-lm table <command>: what is asked of a table of rows.
-table = App(name="table", help="Tables of rows: how much of one a cache must hold.")
+table = App(
+    name="table",
+    help="Tables of rows: look into them, compare, convert, and how much of one a cache must hold.",
+)
 app.command(table)
 
 # A list of ids may begin with -1.
@@ -463,6 +467,176 @@ def simulate(
         plot=plot,
     )
     print(printed)
+
+
+@table.command
+def info(path: Path, *, layer: str | None = None, json: Flag = False) -> int:
+    """Print what a table file or a checkpoint holds: rows, codec, tensors, identity. Reads headers alone.
+
+    Parameters
+    ----------
+    path
+        A .engram file or a directory of them, a .safetensors file, an index, or a checkpoint's directory.
+    layer
+        The table of this block, from 0 (all of them).
+    json
+        Print JSON.
+    """
+    from engram_lm.operate.table_commands import info_command
+
+    return info_command(path, layer=layer, as_json=json)
+
+
+@table.command
+def verify(path: Path, *, layer: str | None = None, json: Flag = False) -> int:
+    """Read every row, check the checksums of packed files, and print a digest that equal tables share.
+
+    Parameters
+    ----------
+    path
+        A .engram file or a directory of them, a .safetensors file, an index, or a checkpoint's directory.
+    layer
+        The table of this block, from 0 (all of them).
+    json
+        Print JSON.
+    """
+    from engram_lm.operate.table_commands import verify_command
+
+    return verify_command(path, layer=layer, as_json=json)
+
+
+@table.command
+def stats(path: Path, *, layer: str | None = None, sample: int | None = None, json: Flag = False) -> int:
+    """Print norms of rows, zero rows, rows with NaN, and scales.
+
+    Parameters
+    ----------
+    path
+        A .engram file or a directory of them, a .safetensors file, an index, or a checkpoint's directory.
+    layer
+        The table of this block, from 0 (all of them).
+    sample
+        Read this many rows, drawn at random (all rows).
+    json
+        Print JSON.
+    """
+    from engram_lm.operate.table_commands import stats_command
+
+    return stats_command(path, layer=layer, sample=sample, as_json=json)
+
+
+@table.command
+def rows(path: Path, addresses: IdList, *, layer: str | None = None, json: Flag = False) -> int:
+    """Print rows at addresses, read from disk.
+
+    Parameters
+    ----------
+    path
+        A .engram file or a directory of them, a .safetensors file, an index, or a checkpoint's directory.
+    addresses
+        Rows with commas between them, such as 0,5,17.
+    layer
+        The table of this block, from 0, where there are several.
+    json
+        Print JSON with all numbers.
+    """
+    from engram_lm.operate.table_commands import rows_command
+
+    return rows_command(path, addresses, layer=layer, as_json=json)
+
+
+@table.command
+def diff(a: Path, b: Path, *, layer: str | None = None, sample: int | None = None, json: Flag = False) -> int:
+    """Print which rows of two tables differ, and by how much; exit code 1 where any do.
+
+    Parameters
+    ----------
+    a
+        A .engram file or a directory of them, a .safetensors file, an index, or a checkpoint's directory.
+    b
+        Another, of the same rows and width; format and codec may differ.
+    layer
+        The table of this block, from 0 (all of them).
+    sample
+        Compare this many rows, drawn at random (all rows).
+    json
+        Print JSON.
+    """
+    from engram_lm.operate.table_commands import diff_command
+
+    return diff_command(a, b, layer=layer, sample=sample, as_json=json)
+
+
+@table.command
+def convert(
+    source: Path,
+    out: Path,
+    *,
+    layer: str | None = None,
+    codec: Literal["fp32", "bf16", "fp8_e4m3_e8m0", "fp8_e4m3"] | None = None,
+    scale: float | None = None,
+    name: str | None = None,
+    shards: int | None = None,
+    json: Flag = False,
+) -> int:
+    """Write a table to a packed file, or back to safetensors with its shipped names. Goes on where a killed one was.
+
+    Parameters
+    ----------
+    source
+        A .engram file or a directory of them, a .safetensors file, an index, or a checkpoint's directory.
+    out
+        A .engram file, a .safetensors file, or a directory for a .engram file of each layer.
+    layer
+        The table of this block, from 0 (all of them).
+    codec
+        Encode rows anew (as they are). The error and its bound are printed.
+    scale
+        Of fp8_e4m3: the scale of the whole table (the least that holds its largest number).
+    name
+        Of safetensors: the tensor, as in layers.1.engram.embed.weight (what the table came with).
+    shards
+        Of safetensors: in how many tensors ngram_embedding.shard_0.weight and on (as it came).
+    json
+        Print JSON.
+    """
+    from engram_lm.operate.table_commands import convert_command
+
+    return convert_command(
+        source, out, layer=layer, codec=codec, scale=scale, name=name, shards=shards, as_json=json
+    )
+
+
+@app.command
+def doctor(
+    checkpoint: Path,
+    other: Path | None = None,
+    *,
+    sample: int | None = None,
+    all: Flag = False,
+    profile: str | None = None,
+    json: Flag = False,
+) -> int:
+    """Check a checkpoint's memory: identity, row counts, moduli, scales, holes, norms; and what another release changed.
+
+    Parameters
+    ----------
+    checkpoint
+        A checkpoint's directory, index or .safetensors file, or packed files.
+    other
+        Another release of it, to compare row by row.
+    sample
+        Rows read of each table, drawn at random (65536).
+    all
+        Read all rows.
+    profile
+        Check against this released model, deepseek-v4.1 or qwen-ple, not against config.json.
+    json
+        Print JSON.
+    """
+    from engram_lm.operate.table_commands import doctor_command
+
+    return doctor_command(checkpoint, other, sample=sample, read_all=all, profile=profile, as_json=json)
 
 
 @app.command
