@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import models
-from engram_lm.attachment import memories, open_rows, use_table
+from engram_lm.attachment import from_pretrained, memories, open_rows, save_memory, use_table
 from engram_lm.errors import (
     AddressError,
     CheckpointError,
@@ -161,3 +161,25 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
     use_table(twin, first, open_rows(files[first]))
     with pytest.raises(RowUpdateError, match="read only"):
         tables(twin)[0].update(torch.tensor([0]), torch.zeros(1, 4), rule=None, learning_rate=1.0)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_saved_memory_is_read_where_it_lies(tier, model, tmp_path):
+    save_memory(model, tmp_path)
+    there = from_pretrained(tmp_path, tier=tier, **TIERS[tier])
+    with torch.no_grad():
+        assert torch.equal(there(text()).logits, model(text()).logits)
+    assert all(isinstance(table, StoredTable) for table in tables(there))
+    save_memory(there, tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(from_pretrained(tmp_path / "again")(text()).logits, model(text()).logits)
+
+
+def test_files_of_another_save_are_refused_on_every_tier(model, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        save_memory(models.make_loud(copy.deepcopy(model), seed=seed) or model, tmp_path / name)
+    rows = next(path.name for path in (tmp_path / "a").glob("rows-*"))
+    (tmp_path / "a" / rows).write_bytes((tmp_path / "b" / rows).read_bytes())
+    for tier, options in TIERS.items():
+        with pytest.raises(CheckpointError, match="belongs to another save"):
+            from_pretrained(tmp_path / "a", tier=tier, **options)

@@ -244,6 +244,8 @@ def generate(
     seed: int | None = None,
     chat: Flag = False,
     memory: Literal["on", "off"] = "on",
+    tier: Literal["device", "host", "disk", "cached"] = "device",
+    cache_mb: int | None = None,
     heat: Literal["share", "gate"] | None = None,
     block: int | None = None,
     branch: int | None = None,
@@ -268,6 +270,10 @@ def generate(
         Put the prompt into the chat template and print the answer alone.
     memory
         off runs the model without its memory.
+    tier
+        Where the rows are read: the model's device, host memory, the files on disk, or cached: disk with hot rows kept.
+    cache_mb
+        MB of memory for the hot rows of each table, for --tier cached.
     heat
         What the red means: share, |added| / |hidden state| (the default), or gate, which is 0.5 for empty rows.
     block
@@ -289,6 +295,8 @@ def generate(
         branch=branch,
         full=full,
         memory=memory,
+        tier=tier,
+        cache_bytes=None if cache_mb is None else cache_mb << 20,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

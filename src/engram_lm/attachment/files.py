@@ -32,8 +32,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engram_lm.addressing import Identity
+from engram_lm.attachment.card import card
+from engram_lm.attachment.placement import Tier, put_table, rows_layout, store_on
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import CheckpointError, EngramError, IdentityError
+from engram_lm.tables import StoredTable
 from engram_lm.train.base import BaseRef, fingerprint_of, load_base, quiet_libraries, require_base
 from engram_lm.vocab import TokenMap, tokenizer_fingerprint
 
@@ -161,18 +164,25 @@ def save_memory(
         os.replace(path, target)
         _remove(earlier)
     _remove(staged)
-    (directory / "README.md").write_text(_card(manifest), encoding="utf8")
+    (directory / "README.md").write_text(card(manifest), encoding="utf8")
     return directory
 
 
 def from_pretrained(
-    directory: str | os.PathLike, *, base: nn.Module | None = None, dtype: torch.dtype | None = None
+    directory: str | os.PathLike,
+    *,
+    base: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    tier: Tier = "device",
+    cache_bytes: int | None = None,
 ) -> nn.Module:
     """The model with its memory, in eval mode.
 
     Args:
         base: the base model, when it is already in memory; otherwise it is loaded by the name in memory.json.
         dtype: of the base and the memory's parameters; rows keep the config's row_dtype.
+        tier: "device" (trainable), or read only from "host" memory, from "disk" where the files lie, or "cached": from disk
+            with hot rows in at most `cache_bytes` of memory a table. The answers are the same.
 
     Raises: CheckpointError for files that are missing, mixed or cut short, IdentityError for another base or addresses.
     """
@@ -180,12 +190,15 @@ def from_pretrained(
 
     directory = Path(directory)
     with _damage_named(directory):
-        return _from_pretrained(directory, base, dtype, attach)
+        base = _with_memories(directory, base, dtype, attach)
+        _load_memory(base, directory, row_state=False, tier=tier, cache_bytes=cache_bytes)
+    return base.eval()
 
 
-def _from_pretrained(
+def _with_memories(
     directory: Path, base: nn.Module | None, dtype: torch.dtype | None, attach: Any
 ) -> nn.Module:
+    """The base with the memories of memory.json, new."""
     manifest = read_manifest(directory)
     ref = BaseRef(**manifest["base"])
     kept = manifest["base_files"]
@@ -212,8 +225,7 @@ def _from_pretrained(
         token_map = TokenMap.load(directory / f"tokens-{config.name}.bin")
         _require_tokenizer(tokenizer, token_map, where=directory)
         attach(base, tokenizer, config, token_map=token_map, base=ref)
-    load_memory(base, directory)
-    return base.eval()
+    return base
 
 
 def load_memory(model: nn.Module, directory: str | os.PathLike, *, row_state: bool = False) -> None:
@@ -221,15 +233,22 @@ def load_memory(model: nn.Module, directory: str | os.PathLike, *, row_state: bo
 
     row_state: also restore the row optimizers' state, as a checkpoint that training goes on from needs.
     """
+    directory = Path(directory)
+    with _damage_named(directory):
+        _load_memory(model, directory, row_state=row_state)
+
+
+def _load_memory(
+    model: nn.Module,
+    directory: Path,
+    *,
+    row_state: bool,
+    tier: Tier = "device",
+    cache_bytes: int | None = None,
+) -> None:
     from engram_lm.attachment import _runtime
 
     runtime = _runtime(model)
-    directory = Path(directory)
-    with _damage_named(directory):
-        _load_memory(runtime, directory, row_state=row_state)
-
-
-def _load_memory(runtime: Any, directory: Path, *, row_state: bool) -> None:
     manifest = read_manifest(directory)
     saved = {entry["config"]["name"]: entry for entry in manifest["memories"]}
     if set(saved) != set(runtime.memories):
@@ -245,10 +264,17 @@ def _load_memory(runtime: Any, directory: Path, *, row_state: bool) -> None:
             where = f"{directory} (memory {name!r}, block {entry['block']})"
             slot.scheme.identity.require_equal(Identity(entry["identity_facts"]), where=where)
             stem = f"{name}-{entry['block']}.safetensors"
-            rows = _read(directory / f"rows-{stem}", manifest["save_id"], identity=entry["identity"])
-            if rows["rows"].shape != (slot.table.n_rows, slot.table.width):
+            rows_file, marks = directory / f"rows-{stem}", {"identity": entry["identity"]}
+            if tier == "device":
+                rows = _read(rows_file, manifest["save_id"], **marks)
+                shape = tuple(rows["rows"].shape)
+            else:
+                _read(rows_file, manifest["save_id"], names=(), **marks)
+                layout = rows_layout(rows_file, identity=entry["identity_facts"])
+                rows, shape = layout, (layout.n_rows, layout.width)
+            if shape != (slot.table.n_rows, slot.table.width):
                 raise CheckpointError(
-                    f"{where}: the rows are {tuple(rows['rows'].shape)}; the model's table is "
+                    f"{where}: the rows are {shape}; the model's table is "
                     f"{(slot.table.n_rows, slot.table.width)}. Attach with the same rows_per_head and head_width."
                 )
             state_file = directory / f"state-{stem}"
@@ -265,9 +291,15 @@ def _load_memory(runtime: Any, directory: Path, *, row_state: bool) -> None:
                     f"{where}: the weights carry {float(weights['handle']):.0f} row updates, {MANIFEST} says {updates}."
                 )
             fill.append((slot, weights, rows, updates))
-    for slot, weights, rows, updates in fill:
+    stores = [
+        None if tier == "device" else store_on(tier, rows, cache_bytes=cache_bytes) for _, _, rows, _ in fill
+    ]
+    for (slot, weights, rows, updates), store in zip(fill, stores, strict=True):
+        if store is None:
+            slot.table.restore(rows)
+        else:
+            put_table(slot, StoredTable(store, dtype=slot.table.dtype), model=model)
         slot.load_state_dict(weights)
-        slot.table.restore(rows)
         slot.table.gradients.set_updates(updates)
 
 
@@ -301,12 +333,14 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read(path: Path, save_id: str, **marks_wanted: str) -> dict[str, Tensor]:
-    """The tensors of one file of the save `save_id`, whose other marks are as wanted."""
+def _read(
+    path: Path, save_id: str, *, names: tuple[str, ...] | None = None, **marks_wanted: str
+) -> dict[str, Tensor]:
+    """The tensors (default all) of one file of the save `save_id`, whose other marks are as wanted."""
     try:
         with safe_open(path, framework="pt") as file:
             marks = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
     except (SafetensorError, OSError, ValueError) as error:
@@ -403,36 +437,3 @@ def _tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError):
         raise CheckpointError(f"{directory} holds no tokenizer; it belongs to the memory.") from None
-
-
-def _card(manifest: dict[str, Any]) -> str:
-    lines = [
-        "---",
-        "library_name: engram-lm",
-        f"base_model: {manifest['base']['name']}",
-        "---",
-        "",
-        "# Engram memory",
-        "",
-    ]
-    lines += [
-        f"Conditional memory for `{manifest['base']['name']}` (weights {manifest['base']['sha256'][:12]}).",
-        "",
-    ]
-    lines += ["| memory | block | rows | width | row updates | identity |", "|---|---|---|---|---|---|"]
-    for entry in manifest["memories"]:
-        for table in entry["tables"]:
-            lines.append(
-                f"| {entry['config']['name']} | {table['block']} | {table['rows']:,} | {table['width']} | "
-                f"{table['updates']:,} | `{table['identity'][:12]}` |"
-            )
-    lines += [
-        "",
-        "```python",
-        "import engram_lm",
-        "",
-        "model = engram_lm.from_pretrained(DIRECTORY)",
-        "```",
-        "",
-    ]
-    return "\n".join(lines)

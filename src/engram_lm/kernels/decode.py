@@ -11,9 +11,8 @@ included, and every processor with F16C (x86 since 2012) or NEON widens eight of
 plain twins do it.
 """
 
-from collections.abc import Callable
-
 import platform
+from collections.abc import Callable
 
 import llvmlite.binding
 import numpy as np

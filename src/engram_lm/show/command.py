@@ -22,6 +22,8 @@ def generate_command(
     branch: int | None = None,
     full: float | None = None,
     memory: str = "on",
+    tier: str = "device",
+    cache_bytes: int | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int | None = None,
@@ -39,7 +41,9 @@ def generate_command(
         raise ConfigError("--heat, --block, --branch and --full have no effect with --memory off.")
     if heat == "gate" and full is not None:
         raise ConfigError("--full has no effect with --heat gate: a gate's full is 1.")
-    model, tokenizer = load(directory)
+    if (cache_bytes is not None) != (tier == "cached"):
+        raise ConfigError("--cache-mb belongs to --tier cached, and to that alone.")
+    model, tokenizer = load(directory, tier=tier, cache_bytes=cache_bytes)
     from engram_lm.show.speaking import View, prompt_ids, speak
 
     view = View(quantity=heat or "share", block=block, branch=branch)
@@ -181,8 +185,11 @@ def console() -> Any:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
 
 
-def load(directory: Path) -> tuple[Any, Any]:
-    """(model with memory, tokenizer) of a directory that `engram-lm train` or `save_memory` wrote."""
+def load(directory: Path, **placement: Any) -> tuple[Any, Any]:
+    """(model with memory, tokenizer) of a directory that `engram-lm train` or `save_memory` wrote.
+
+    placement: `tier` and `cache_bytes`, as `from_pretrained` takes them.
+    """
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory}: no such directory. Wanted what engram-lm train or save_memory wrote."
@@ -202,5 +209,5 @@ def load(directory: Path) -> tuple[Any, Any]:
             f'a model with memory needs torch and transformers ({error}): pip install "engram-lm[hf]"'
         ) from error
     with quiet_libraries():
-        model = from_pretrained(directory)
+        model = from_pretrained(directory, **placement)
     return model, _runtime(model).tokenizer
