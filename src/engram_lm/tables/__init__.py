@@ -21,6 +21,7 @@ _WHERE = {
     "RowGradients": "gradients",
     "forget_pending": "gradients",
     "pending_rows": "gradients",
+    "ShardedTable": "sharded",
     "RowAdam": "rules",
     "RowAdamMomentum": "rules",
     "RowMomentumSinkhorn": "rules",

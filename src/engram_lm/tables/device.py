@@ -154,9 +154,7 @@ class DeviceTable:
                 f"Rows of {self.gradients.name} are {self.dtype}, which do not train; use float32 or bfloat16."
             )
         if self._state is None:
-            self._state = rule.new_state(
-                self.n_rows, self.width, lambda shape, dtype: _zeros(shape, dtype, self.device)
-            )
+            self._state = self._new_state(rule, self.device)
         step = {"learning_rate": learning_rate, "scale": scale}
         if self.dtype == torch.float32:
             rule.apply(self._rows, self._state, unique, gradient, **step)
@@ -184,39 +182,41 @@ class DeviceTable:
             tensors["state.rounding"] = torch.tensor([self.seed, self._steps])
         return tensors
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """The inverse of `checkpoint`. Rows of another shape are refused; state is replaced, or dropped when absent."""
-        rows = tensors.get("rows")
+    def require_fits(self, tensors: dict[str, Tensor]) -> None:
+        """CheckpointError where `restore` would refuse."""
+        rows, state = tensors.get("rows"), _state_in(tensors)
         if rows is None or tuple(rows.shape) != (self.n_rows, self.width):
             got = "no rows" if rows is None else f"rows of shape {tuple(rows.shape)}"
             raise CheckpointError(
                 f"{self.gradients.name} has {self.n_rows} rows of {self.width} numbers; the checkpoint holds {got}."
             )
-        state = {
-            name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")
-        }
-        rounding = state.pop("rounding", None)
-        if rounding is not None and self.dtype != torch.bfloat16:
+        if state.pop("rounding", None) is not None and self.dtype != torch.bfloat16:
             raise CheckpointError(
                 f"{self.gradients.name} holds {self.dtype}; the checkpoint's state is of bfloat16 rows."
             )
-        fresh = None
-        if state:
-            fresh = self.gradients.rule.new_state(
-                self.n_rows, self.width, lambda shape, dtype: _zeros(shape, dtype, self.device)
+        wanted = self._new_state(self.gradients.rule, torch.device("meta"))
+        if state and (set(wanted) != set(state) or any(wanted[k].shape != state[k].shape for k in wanted)):
+            raise CheckpointError(
+                f"{self.gradients.name} trains with {self.gradients.rule.name} (state {sorted(wanted)}); the "
+                f"checkpoint holds state {sorted(state)}."
             )
-            if set(fresh) != set(state) or any(fresh[name].shape != state[name].shape for name in fresh):
-                raise CheckpointError(
-                    f"{self.gradients.name} trains with {self.gradients.rule.name} (state {sorted(fresh)}); the "
-                    f"checkpoint holds state {sorted(state)}."
-                )
-            for name, tensor in fresh.items():
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of `checkpoint`. Rows of another shape are refused; state is replaced, or dropped when absent."""
+        self.require_fits(tensors)
+        state = _state_in(tensors)
+        rounding = state.pop("rounding", None)
+        self._rows.copy_(tensors["rows"])
+        self._state, self._steps = None, 0
+        if state:
+            self._state = self._new_state(self.gradients.rule, self.device)
+            for name, tensor in self._state.items():
                 tensor.copy_(state[name])
-        self._rows.copy_(rows)
-        self._state = fresh
-        self._steps = 0
         if rounding is not None:
             self.seed, self._steps = (int(number) for number in rounding)
+
+    def _new_state(self, rule: RowRule, device: torch.device) -> dict[str, Tensor]:
+        return rule.new_state(self.n_rows, self.width, lambda shape, dtype: _zeros(shape, dtype, device))
 
 
 class Ready:
@@ -227,6 +227,12 @@ class Ready:
 
     def rows(self) -> Tensor:
         return self._table.gather(self._address)
+
+
+def _state_in(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")
+    }
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

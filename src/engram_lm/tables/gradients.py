@@ -122,7 +122,7 @@ class RowGradients:
             raise RowUpdateError(
                 f"The rows of {self.name} hold gradients that were not applied; step or zero_grad before copying the model."
             )
-        twin = object.__new__(RowGradients)
+        twin = object.__new__(type(self))
         memo[id(self)] = twin
         twin.__dict__.update(self.__dict__)
         twin.table = weakref.proxy(table)
@@ -184,7 +184,7 @@ class RowGradients:
     def receive(self, address: Tensor, gradient: Tensor) -> None:
         """Called by backward: address int64 [...], gradient [..., width]. Kept until the handle's hook runs."""
         address_N = address.detach().reshape(-1)
-        gradient_NW = gradient.detach().reshape(address_N.shape[0], -1).to(torch.float32)
+        gradient_NW = gradient.detach().reshape(-1, gradient.shape[-1]).to(torch.float32)
         self._incoming.append((address_N, gradient_NW))
 
     def _collect(self, handle: Tensor) -> None:
