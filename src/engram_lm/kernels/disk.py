@@ -12,11 +12,12 @@ A read is (descriptor, offset, bytes asked, bytes needed): the last page of a fi
 """
 
 import ctypes
+import errno
 import platform
 import sys
 
 import numpy as np
-from numba import njit
+from numba import carray, njit
 
 from engram_lm.kernels.checks import PAGE, xxh64
 
@@ -27,12 +28,18 @@ _pread.restype = ctypes.c_ssize_t
 _syscall = _libc.syscall
 _syscall.argtypes = [ctypes.c_long] * 6
 _syscall.restype = ctypes.c_long
+_errno_place = getattr(_libc, "__errno_location", None) or _libc.__error
+_errno_place.argtypes = []
+_errno_place.restype = ctypes.POINTER(ctypes.c_int32)
 
 # io_setup, io_destroy, io_submit, io_getevents
 _CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}.get(platform.machine())
 _SETUP, _DESTROY, _SUBMIT, _EVENTS = _CALLS or (0, 0, 0, 0)
 
-OK, SHORT, FAILED = 0, 1, 2
+# BROKEN: failed, and the queue with it; it is closed already
+OK, SHORT, FAILED, BROKEN = 0, 1, 2, 3
+_AGAIN, _INTERRUPTED = errno.EAGAIN, errno.EINTR
+_SECTOR = 512
 
 
 def queue(depth: int) -> int | None:
@@ -51,45 +58,58 @@ def close_queue(handle: int) -> None:
 
 
 @njit(nogil=True)
+def _errno():
+    return np.int64(carray(_errno_place(), 1)[0])
+
+
+@njit(nogil=True)
 def read_queued(
     handle, fd_J, offset_J, asked_J, needed_J, stage, stage_stride, request_DQ, pointer_D, event_DE, status
 ):
     """Read job j to stage + j * stage_stride. request_DQ uint64 [depth, 8], pointer_D int64, event_DE int64 [depth, 4].
 
-    status[0] becomes OK, SHORT or FAILED, status[1] the job, status[2] bytes read or the negative error number.
+    status[0] becomes OK, SHORT, FAILED or BROKEN, status[1] the job, status[2] bytes read or the negative error number.
+    Whatever happens, no read is under way when this returns: the system writes to `stage` until the last one is done.
     """
     J, depth = offset_J.shape[0], request_DQ.shape[0]
     status[0] = OK
     free_D = np.arange(depth)
-    n_free, n_sent, n_done = depth, 0, 0
-    while n_done < n_sent or (n_sent < J and status[0] == OK):
-        n_new = 0
-        while n_free > 0 and n_sent < J and status[0] == OK:
+    n_free, n_made, n_waiting, n_sent, n_done = depth, 0, 0, 0, 0
+    while n_done < n_sent or (status[0] == OK and n_sent < J):
+        while n_free > 0 and n_made < J and status[0] == OK:
             n_free -= 1
             slot = free_D[n_free]
             # struct iocb: data, key, opcode (0: pread) with priority and descriptor, buffer, bytes, offset, reserved
-            request_DQ[slot, 0] = np.uint64(n_sent) | (np.uint64(slot) << np.uint64(40))
-            request_DQ[slot, 2] = np.uint64(fd_J[n_sent]) << np.uint64(32)
-            request_DQ[slot, 3] = np.uint64(stage) + np.uint64(n_sent) * np.uint64(stage_stride)
-            request_DQ[slot, 4] = np.uint64(asked_J[n_sent])
-            request_DQ[slot, 5] = np.uint64(offset_J[n_sent])
-            pointer_D[n_new] = np.int64(request_DQ.ctypes.data) + slot * 64
-            n_new += 1
-            n_sent += 1
-        n_taken = 0
-        while n_taken < n_new:
-            taken = _syscall(
-                _SUBMIT, handle, n_new - n_taken, np.int64(pointer_D.ctypes.data) + 8 * n_taken, 0, 0
-            )
-            if taken <= 0:
-                status[0], status[1], status[2] = FAILED, n_sent - (n_new - n_taken), -5
-                n_sent -= n_new - n_taken
-                break
-            n_taken += taken
+            request_DQ[slot, 0] = np.uint64(n_made) | (np.uint64(slot) << np.uint64(40))
+            request_DQ[slot, 2] = np.uint64(fd_J[n_made]) << np.uint64(32)
+            request_DQ[slot, 3] = np.uint64(stage) + np.uint64(n_made) * np.uint64(stage_stride)
+            request_DQ[slot, 4] = np.uint64(asked_J[n_made])
+            request_DQ[slot, 5] = np.uint64(offset_J[n_made])
+            pointer_D[n_waiting] = np.int64(request_DQ.ctypes.data) + slot * 64
+            n_waiting += 1
+            n_made += 1
+        if n_waiting > 0 and status[0] == OK:
+            taken = _syscall(_SUBMIT, handle, n_waiting, np.int64(pointer_D.ctypes.data), 0, 0)
+            if taken > 0:
+                n_sent += taken
+                n_waiting -= taken
+                for k in range(n_waiting):
+                    pointer_D[k] = pointer_D[k + taken]
+            else:
+                error = _errno() if taken < 0 else np.int64(_AGAIN)
+                # short of memory: what is under way gives some back
+                if error != _INTERRUPTED and (error != _AGAIN or n_done == n_sent):
+                    status[0], status[1], status[2] = FAILED, n_sent, -error
         if n_done == n_sent:
-            break
+            continue
         n_events = _syscall(_EVENTS, handle, 1, depth, np.int64(event_DE.ctypes.data), 0)
-        if n_events < 0:  # interrupted by a signal
+        if n_events < 0:
+            error = _errno()
+            if error != _INTERRUPTED:
+                # there is no hearing of these reads: closing the queue waits for them
+                _syscall(_DESTROY, handle, 0, 0, 0, 0)
+                status[0], status[1], status[2] = BROKEN, n_sent - 1, -error
+                return
             continue
         for e in range(n_events):
             job = event_DE[e, 0] & np.int64((1 << 40) - 1)
@@ -109,8 +129,14 @@ def read_slice(fd_J, offset_J, asked_J, needed_J, stage, stage_stride, first, la
         place, n_got = np.uint64(stage) + np.uint64(j) * np.uint64(stage_stride), np.int64(0)
         while n_got < needed_J[j]:
             got = _pread(fd_J[j], place + np.uint64(n_got), asked_J[j] - n_got, offset_J[j] + n_got)
-            if got <= 0:
-                status[0], status[1], status[2] = SHORT if got == 0 else FAILED, j, n_got if got == 0 else -5
+            if got < 0 and _errno() == _INTERRUPTED:
+                continue
+            # past the page cache nothing can be read from within a sector, and only the end of a file lies there
+            if got == 0 or (got < 0 and n_got % _SECTOR != 0):
+                status[0], status[1], status[2] = SHORT, j, n_got
+                return
+            if got < 0:
+                status[0], status[1], status[2] = FAILED, j, -_errno()
                 return
             n_got += got
 
@@ -120,10 +146,10 @@ def plan(
     row_U, first, last, offset, first_row, stride, group, group_stride, n_bytes, unit,
     offset_J, asked_J, needed_J, job_U, within_U,
 ):  # fmt: skip
-    """Reads that cover rows row_U[first:last] of a segment (see `tables.layout`), in whole units, each unit once.
+    """Reads that cover rows row_U[first:last] of a segment (see `tables.layout`), in whole units.
 
-    row_U ascends. Fills the jobs' offsets and sizes, and for every row its job and its place in what the job reads.
-    Returns the number of jobs.
+    A row within the read before it shares that read; one that only begins there has its own. row_U ascends. Fills the
+    jobs' offsets and sizes, and for every row its job and its place in what the job reads. Returns the number of jobs.
     """
     n_jobs = 0
     for u in range(first, last):

@@ -3,17 +3,21 @@
 A gather's addresses are sorted and made unique, covered with whole 4 KiB units, and read with O_DIRECT through a queue of
 `depth` (`kernels.disk`). Every page of a packed file is checked against its checksum before a byte of it is used. Where
 O_DIRECT or the queue is refused, threads read through the page cache; that is said once.
+
+`close` waits for gathers that are under way. A forked child may go on reading: it makes its own queues and threads.
 """
 
+import contextlib
 import logging
+import mmap
 import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
 
-from engram_lm.errors import CheckpointError
+from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.kernels import disk as kernels
 from engram_lm.kernels import rows as row_kernels
 from engram_lm.tables.format import PAGE, damaged_rows, read_checksums_of
@@ -35,27 +39,27 @@ class DiskStore(Store):
     """
 
     def __init__(self, layout: Layout, *, depth: int = DEPTH, direct: bool = True) -> None:
+        self._files: dict[Path, int] = {}
+        self._idle: list[_Reader] = []
+        # process ids, one for every gather under way; a child inherits its parent's, which are none of its own
+        self._busy: list[int] = []
+        self._changed = threading.Condition()
         super().__init__(
             name=layout.name, n_rows=layout.n_rows, width=layout.width, codec=layout.codec, scale=layout.scale,
             identity=layout.identity,
         )  # fmt: skip
-        self.layout, self.depth = layout, depth
+        if depth < 1:
+            raise ConfigError(f"depth is {depth}; at least one read must be in flight.")
+        self.layout, self.depth, self.direct = layout, depth, direct
         self._sums = read_checksums_of(layout)
-        self._files: dict[Path, int] = {}
-        self.direct = direct
-        self._require_whole_files()
         self._open()
-        self._idle: list[_Reader] = []
-        self._lock = threading.Lock()
+        self._require_whole_files()
         self.reads = 0  # since opening, for instruments
         self.bytes_read = 0
 
     def _require_whole_files(self) -> None:
         for segment in self.layout.segments:
-            try:
-                size = segment.path.stat().st_size
-            except OSError as error:
-                raise CheckpointError(f"{segment.path} cannot be read: {error.strerror}.") from None
+            size = os.fstat(self._files[segment.path]).st_size
             if segment.end > size:
                 raise CheckpointError(
                     f"{segment.path} has {size:,} bytes; rows to {segment.first_row + segment.n_rows - 1:,} need "
@@ -63,11 +67,12 @@ class DiskStore(Store):
                 )
 
     def _open(self) -> None:
-        paths = {segment.path for segment in self.layout.segments}
+        reason = ""
         if self.direct:
             try:
-                self._files = {path: os.open(path, os.O_RDONLY | os.O_DIRECT) for path in paths}
-                os.preadv(next(iter(self._files.values())), [row_kernels.zero_pages(PAGE)], 0)
+                self._open_files(os.O_RDONLY | os.O_DIRECT)
+                for handle in self._files.values():
+                    os.preadv(handle, [row_kernels.zero_pages(PAGE)], 0)
                 queue = kernels.queue(self.depth)
                 if queue is not None:
                     kernels.close_queue(queue)
@@ -75,37 +80,65 @@ class DiskStore(Store):
                 reason = "the system gives no queue for asynchronous reads"
             except (OSError, AttributeError) as error:
                 reason = f"O_DIRECT is refused ({getattr(error, 'strerror', error)})"
-            self.close()
+            self._close_files()
             self.direct = False
+        try:
+            self._open_files(os.O_RDONLY)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}.") from None
+        if reason:
             logger.warning(
                 "%s: %s; reading through the page cache with %d threads.", self.name, reason, self.depth
             )
-        self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
+
+    def _open_files(self, flags: int) -> None:
+        for path in dict.fromkeys(segment.path for segment in self.layout.segments):
+            self._files[path] = os.open(path, flags)
+
+    def _close_files(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
 
     def close(self) -> None:
-        for handle in self._files.values():
+        with self._changed:
+            files, self._files = self._files, {}
+            # a descriptor closed under a read could be another file's by the next one
+            self._changed.wait_for(lambda: os.getpid() not in self._busy)
+            idle, self._idle = self._idle, []
+        for reader in idle:
+            reader.close()
+        for handle in files.values():
             os.close(handle)
-        self._files = {}
 
     def __del__(self) -> None:
-        self.close()
+        self._close_files()
 
     def read_records(self, row_U: np.ndarray, out_UR: np.ndarray) -> None:
-        if not self._files:
-            raise CheckpointError(f"{self.name} was closed.")
-        with self._lock:
-            reader = self._idle.pop() if self._idle else _Reader(self)
+        with self._changed:
+            files = self._files
+            if not files:
+                raise CheckpointError(f"{self.name} was closed.")
+            pid = os.getpid()
+            self._busy.append(pid)
+            reader = self._idle.pop() if self._idle else None
         try:
+            if reader is None or reader.pid != pid:
+                reader = _Reader(self)
             for segment in self.layout.segments:
                 first, last = np.searchsorted(row_U, (segment.first_row, segment.first_row + segment.n_rows))
-                self._read_segment(reader, segment, row_U, int(first), int(last), out_UR)
-        finally:
-            with self._lock:
+                self._read_segment(reader, files[segment.path], segment, row_U, int(first), int(last), out_UR)
+            # one that failed is not used again
+            with self._changed:
                 self._idle.append(reader)
+        finally:
+            with self._changed:
+                self._busy.remove(pid)
+                self._changed.notify_all()
 
     def _read_segment(
         self,
         reader: "_Reader",
+        handle: int,
         segment: Segment,
         row_U: np.ndarray,
         first: int,
@@ -126,9 +159,14 @@ class DiskStore(Store):
             stage_stride = int(asked_J[:n_jobs].max())
             stage_X = reader.stage(n_jobs * stage_stride)
             reader.run(
-                self._files[segment.path], offset_J[:n_jobs], asked_J[:n_jobs], needed_J[:n_jobs], stage_X, stage_stride,
+                handle,
+                offset_J[:n_jobs],
+                asked_J[:n_jobs],
+                needed_J[:n_jobs],
+                stage_X,
+                stage_stride,
                 segment.path,
-            )  # fmt: skip
+            )
             if self._sums is not None:
                 bad = kernels.first_bad_read(
                     stage_X, stage_stride, offset_J, asked_J, n_jobs, self.layout.pages_at, self._sums
@@ -136,31 +174,52 @@ class DiskStore(Store):
                 if bad >= 0:
                     raise damaged_rows(self.layout, bad)
             kernels.take(stage_X, stage_stride, job_U, within_U, segment.n_bytes, out_UR, start, segment.at)
-            self.reads += n_jobs
-            self.bytes_read += int(asked_J[:n_jobs].sum())
+            with self._changed:
+                self.reads += n_jobs
+                self.bytes_read += int(asked_J[:n_jobs].sum())
 
 
 class _Reader:
     """What one thread needs to read: a queue, request blocks and a page-aligned stage."""
 
     def __init__(self, store: DiskStore) -> None:
-        self.depth = store.depth
-        self.queue = kernels.queue(self.depth) if store.direct else None
-        self.threads = None if self.queue is not None else ThreadPoolExecutor(self.depth)
+        self.depth, self.pid = store.depth, os.getpid()
+        self.queue: int | None = None
+        self.threads: ThreadPoolExecutor | None = None
+        if store.direct:
+            self.queue = kernels.queue(self.depth)
+        if self.queue is None:
+            self.threads = ThreadPoolExecutor(self.depth)
+        if store.direct and self.queue is None:
+            logger.warning(
+                "%s: no further queue for asynchronous reads; %d threads read.", store.name, self.depth
+            )
         self.request_DQ = np.zeros((self.depth, 8), np.uint64)
         self.pointer_D = np.zeros(self.depth, np.int64)
         self.event_DE = np.zeros((self.depth, 4), np.int64)
         self._stage = np.empty(0, np.uint8)
 
+    def close(self) -> None:
+        queue, self.queue = self.queue, None
+        threads, self.threads = self.threads, None
+        # a child's own queue may have the number that its parent's had
+        if self.pid != os.getpid():
+            return
+        if queue is not None:
+            kernels.close_queue(queue)
+        if threads is not None:
+            threads.shutdown(wait=False)
+
     def __del__(self) -> None:
-        if self.queue is not None:
-            kernels.close_queue(self.queue)
-        if self.threads is not None:
-            self.threads.shutdown(wait=False)
+        self.close()
 
     def stage(self, n_bytes: int) -> np.ndarray:
         if len(self._stage) < n_bytes:
-            self._stage = np.frombuffer(row_kernels.zero_pages(max(n_bytes, 1 << 20)), np.uint8)
+            pages = row_kernels.zero_pages(max(n_bytes, 1 << 20))
+            # a page that a child shares could be copied away from under a read
+            with contextlib.suppress(OSError, AttributeError):
+                pages.madvise(mmap.MADV_DONTFORK)
+            self._stage = np.frombuffer(pages, np.uint8)
         return self._stage
 
     def run(
@@ -176,7 +235,9 @@ class _Reader:
                 self.event_DE, status,
             )  # fmt: skip
         else:
-            self._run_threads(fd_J, offset_J, asked_J, needed_J, place, stage_stride, status)
+            self._run_threads(fd_J, offset_J, asked_J, needed_J, stage_X, stage_stride, status)
+        if status[0] == kernels.BROKEN:
+            self.queue, status[0] = None, kernels.FAILED
         if status[0] == kernels.SHORT:
             raise CheckpointError(
                 f"{path} ends at byte {offset_J[status[1]] + status[2]:,}, inside a row: it was cut short while open."
@@ -186,29 +247,29 @@ class _Reader:
             raise CheckpointError(f"{path} could not be read at byte {offset_J[status[1]]:,}: {reason}.")
 
     def _run_threads(
-        self, fd_J: np.ndarray, offset_J: np.ndarray, asked_J: np.ndarray, needed_J: np.ndarray, place: int,
+        self, fd_J: np.ndarray, offset_J: np.ndarray, asked_J: np.ndarray, needed_J: np.ndarray, stage_X: np.ndarray,
         stage_stride: int, status: np.ndarray,
     ) -> None:  # fmt: skip
         J = len(offset_J)
         cuts = np.linspace(0, J, min(self.depth, J) + 1).astype(np.int64)
         found = np.zeros((len(cuts) - 1, 3), np.int64)
-        waiting = [
-            self.threads.submit(
-                kernels.read_slice,
-                fd_J,
-                offset_J,
-                asked_J,
-                needed_J,
-                place,
-                stage_stride,
-                cuts[k],
-                cuts[k + 1],
-                found[k],
+
+        def read(k: int) -> None:
+            # holds the stage, so that it lives as long as somebody writes to it
+            place = stage_X.ctypes.data
+            kernels.read_slice(
+                fd_J, offset_J, asked_J, needed_J, place, stage_stride, cuts[k], cuts[k + 1], found[k]
             )
-            for k in range(len(cuts) - 1)
-        ]
-        for future in waiting:
-            future.result()
+
+        waiting: list[Future] = []
+        try:
+            for k in range(len(found)):
+                waiting.append(self.threads.submit(read, k))
+            for future in waiting:
+                future.result()
+        finally:
+            # interrupted: the files stay open until the last thread has read
+            wait(waiting)
         for one in found:
             if one[0] != kernels.OK:
                 status[:] = one

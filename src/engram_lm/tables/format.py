@@ -15,7 +15,7 @@ import json
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +35,7 @@ PARTIAL_MAGIC = b"\x89ENGTpar"
 _FIXED = struct.Struct("<8sIIQQQIIfIIIQQQQ32sII")
 _MOST_ROWS = 2**48
 _MOST_JSON = 2**24
+_MOST_PAGES = 2**50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +50,33 @@ class Header:
     made_by: str = ""
     note: str = ""
     checksums_hash: int = 0
+    # as read: another writer may space it differently, or say more
+    json_text: bytes = field(default=b"", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        # the file keeps a float32
+        with np.errstate(over="ignore"):
+            object.__setattr__(self, "scale", float(np.float32(self.scale)))
         if not 1 <= self.n_rows <= _MOST_ROWS or not 1 <= self.width <= 2**24:
             raise ConfigError(
                 f"A table has 1 to 2^48 rows of 1 to 2^24 numbers; got {self.n_rows} of {self.width}."
             )
-        codec_named(self.codec)
+        if self.n_pages > _MOST_PAGES:
+            raise ConfigError(
+                f"{self.n_rows:,} rows of {self.record_bytes:,} bytes are more than a file holds."
+            )
         if not (self.scale > 0 and np.isfinite(self.scale)):
-            raise ConfigError(f"scale is {self.scale}; it must be a number above 0.")
+            raise ConfigError(f"scale is {self.scale}; it must be a float32 above 0.")
+        if self.scale != 1 and self.codec != "fp8_e4m3":
+            raise ConfigError(
+                f"scale is {self.scale} without effect: {self.codec} has none. Only fp8_e4m3 has one."
+            )
+        if self.identity is not None and not isinstance(self.identity, dict):
+            raise ConfigError(f"identity is {self.identity!r}; it must be a dict of facts or None.")
+        if len(self._json()) > _MOST_JSON:
+            raise ConfigError(
+                f"identity, made_by and note have {len(self._json()):,} bytes; at most {_MOST_JSON:,}."
+            )
 
     @property
     def record_bytes(self) -> int:
@@ -93,6 +112,10 @@ class Header:
 
     def _json(self) -> bytes:
         facts = {"identity": self.identity, "made_by": self.made_by, "note": self.note}
+        if self.json_text:
+            said = json.loads(self.json_text)
+            if facts == {name: said.get(name) for name in facts}:
+                return self.json_text
         return json.dumps(facts, sort_keys=True).encode()
 
     def to_bytes(self, magic: bytes = MAGIC) -> bytes:
@@ -179,7 +202,7 @@ def _read_header(path: Path, file: BinaryIO, magic: bytes) -> Header:
     if version != VERSION or required:
         raise CheckpointError(
             f"{path} is of version {version} with required features {required:#x}; this build reads version {VERSION} "
-            "without any."
+            "without any. Upgrade engram-lm."
         )
     if codec not in CODEC_BY_ID:
         raise CheckpointError(f"{path} has codec {codec}; this build knows {sorted(CODEC_BY_ID)}.")
@@ -193,25 +216,30 @@ def _read_header(path: Path, file: BinaryIO, magic: bytes) -> Header:
     if struct.unpack("<Q", body[-8:])[0] != _hash(body[:-8]):
         raise CheckpointError(f"{path} has a damaged header: its checksum is wrong.")
     try:
-        facts = json.loads(body[_FIXED.size : _FIXED.size + json_bytes])
+        text = body[_FIXED.size : _FIXED.size + json_bytes]
+        facts = json.loads(text.decode("utf-8"))
+        if not all(isinstance(facts[name], str) for name in ("made_by", "note")):
+            raise ValueError("made_by and note must be texts")
         header = Header(
             n_rows=n_rows,
             width=width,
             codec=CODEC_BY_ID[codec].name,
             scale=scale,
             identity=facts["identity"],
-            made_by=str(facts["made_by"]),
-            note=str(facts["note"]),
+            made_by=facts["made_by"],
+            note=facts["note"],
             checksums_hash=checksums_hash,
+            json_text=text,
         )
         wanted = header.to_bytes(magic)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that cannot be: {error}.") from None
     if identity != header.identity_hash:
         raise IdentityError(
             f"{path} is marked with identity {identity.hex()[:12]}, but its facts have {header.identity_hash.hex()[:12]}."
         )
-    if wanted[: _FIXED.size] != fixed:
+    # but for the features a reader may ignore
+    if wanted[:24] != fixed[:24] or wanted[32 : _FIXED.size] != fixed[32:]:
         raise CheckpointError(f"{path} has a header whose sizes do not follow from its rows and codec.")
     size = os.fstat(file.fileno()).st_size
     if magic == MAGIC and size != header.file_bytes:
@@ -228,20 +256,26 @@ def open_packed(path: str | os.PathLike) -> Layout:
 
 def read_checksums(path: Path, header: Header) -> np.ndarray:
     """uint32 [n_pages], themselves checked."""
-    with open(path, "rb") as file:
-        file.seek(header.checksums_at)
-        section = np.fromfile(file, np.uint8, _round_up(4 * header.n_pages))
+    try:
+        with open(path, "rb") as file:
+            file.seek(header.checksums_at)
+            section = np.fromfile(file, np.uint8, _round_up(4 * header.n_pages))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
     if int(checks.xxh64(section)) != header.checksums_hash:
         raise CheckpointError(f"{path} has damaged checksums; the rows cannot be trusted.")
     return section.view("<u4")[: header.n_pages]
 
 
 def read_checksums_of(layout: Layout) -> np.ndarray | None:
-    """The checksums of a packed file's pages; None for files that have none."""
+    """The checksums of a packed file's pages; None for files that have none. CheckpointError where it is another file now."""
     if layout.checksums_at is None:
         return None
     path = layout.segments[0].path
-    return read_checksums(path, read_header(path))
+    header = read_header(path)
+    if replace(header.layout(path), name=layout.name) != layout:
+        raise CheckpointError(f"{path} was replaced by another table since it was opened. Open it again.")
+    return read_checksums(path, header)
 
 
 def verify(path: str | os.PathLike, *, report: Callable[[int, int], None] | None = None) -> Header:
@@ -265,18 +299,18 @@ def verify(path: str | os.PathLike, *, report: Callable[[int, int], None] | None
 
 def damaged(path: Path, header: Header, page: int) -> CheckpointError:
     """The error for a page whose checksum is wrong."""
-    first = page // header.pages_per_record * header.records_per_page
-    last = min(first + header.records_per_page, header.n_rows) - 1
-    rows = f"row {first}" if first == last else f"rows {first} to {last}"
-    return CheckpointError(
-        f"{path}: page {page} ({rows}) is damaged: its checksum is wrong. Nothing of it is used."
-    )
+    return damaged_rows(header.layout(path), page)
 
 
 def damaged_rows(layout: Layout, page: int) -> CheckpointError:
-    """`damaged`, for who holds a layout."""
-    path = layout.segments[0].path
-    return damaged(path, read_header(path), page)
+    """`damaged`, for who holds a layout: the file itself may be gone by now."""
+    segment = layout.segments[0]
+    first = page // (segment.group_stride // PAGE) * segment.group
+    last = min(first + segment.group, layout.n_rows) - 1
+    rows = f"row {first}" if first == last else f"rows {first} to {last}"
+    return CheckpointError(
+        f"{segment.path}: page {page} ({rows}) is damaged: its checksum is wrong. Nothing of it is used."
+    )
 
 
 class Writer:
@@ -285,7 +319,8 @@ class Writer:
     `rows_done` is the row to go on with: 0, or more where a `.partial` with the same header was found. Use as a context
     manager: leaving it without `finish()` keeps the `.partial`; `discard()` removes it.
 
-    Raises: CheckpointError where another process writes the same file, or the partial file is of another table.
+    Raises: CheckpointError where another writer has the same file, the partial file is of another table, or the disk is
+    full: what was written so far is then closed, and a new Writer goes on with it.
     """
 
     def __init__(
@@ -312,14 +347,12 @@ class Writer:
         )
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.partial_sums = self.path.with_name(self.path.name + ".partial.sums")
+        self._finished = False
         with _named(self.partial):
             self._file = _locked(self.partial)
+        with self._writing():
             self._sums = open(self.partial_sums, "r+b" if self.partial_sums.exists() else "w+b")  # noqa: SIM115
-            try:
-                pages_done = self._continue()
-            except BaseException:
-                self.close()
-                raise
+            pages_done = self._continue()
         self.rows_done = min(
             pages_done // self.header.pages_per_record * self.header.records_per_page, n_rows
         )
@@ -339,15 +372,15 @@ class Writer:
         if self._file.tell() >= len(start):
             self._file.seek(0)
             found = self._file.read(len(start))
-            if found[:8] == MAGIC and _FIXED.unpack(found[: _FIXED.size])[15] == self._sums_hash():
-                # killed between the last write and the rename
-                found = start
-                self._file.seek(0)
-                self._file.write(start)
-            if found != start:
+            # killed between the final header, or a part of it, and the rename: these three differ
+            begun = start[:8] + found[8:88] + start[88:96] + found[96:-8] + start[-8:]
+            if begun != start or found[:8] not in (MAGIC, PARTIAL_MAGIC):
                 raise CheckpointError(
                     f"{self.partial} holds part of another table. Finish that one, or remove the file to begin anew."
                 )
+            if found != start:
+                self._file.seek(0)
+                self._file.write(start)
         else:
             self._file.seek(0)
             self._file.write(start)
@@ -355,16 +388,15 @@ class Writer:
         n_file = (os.fstat(self._file.fileno()).st_size - len(start)) // PAGE
         n_pages = max(0, min(n_file, os.fstat(self._sums.fileno()).st_size // 4, header.n_pages))
         n_pages -= n_pages % header.pages_per_record
-        # a kill may leave pages in the file that never reached the disk: check those of the last 64 MB
-        recent = max(0, n_pages - (64 << 20) // PAGE)
-        self._sums.seek(4 * recent)
-        sums = np.frombuffer(self._sums.read(4 * (n_pages - recent)), "<u4")
-        self._file.seek(len(start) + recent * PAGE)
-        for i in range(0, n_pages - recent, 1024):
+        # a machine that lost power may have kept any page and lost any other: check them all
+        self._sums.seek(0)
+        sums = np.frombuffer(self._sums.read(4 * n_pages), "<u4")
+        self._file.seek(len(start))
+        for i in range(0, n_pages, 1024):
             part = sums[i : i + 1024]
             bad = checks.first_bad_page(np.frombuffer(self._file.read(len(part) * PAGE), np.uint8), part)
             if bad >= 0:
-                n_pages = recent + i + bad
+                n_pages = i + bad
                 n_pages -= n_pages % header.pages_per_record
                 break
         self._file.truncate(len(start) + n_pages * PAGE)
@@ -375,6 +407,7 @@ class Writer:
 
     def add(self, records_NR: np.ndarray) -> None:
         """Append records uint8 [N, record_bytes]. More rows than the table has: ConfigError."""
+        self._require_open()
         header = self.header
         if records_NR.dtype != np.uint8 or records_NR.shape[1:] != (header.record_bytes,):
             raise ConfigError(
@@ -385,14 +418,16 @@ class Writer:
             raise ConfigError(
                 f"{self.path} has {header.n_rows:,} rows; {self.rows_done + len(records_NR):,} were added."
             )
-        self.rows_done += len(records_NR)
         per_page = header.records_per_page
-        for start in range(0, len(records_NR), max(1, (1 << 20) // PAGE) * per_page):
-            part = records_NR[start : start + max(1, (1 << 20) // PAGE) * per_page]
-            waiting = np.concatenate([self._tail, part])
-            whole = len(waiting) // per_page * per_page
-            self._write(waiting[:whole])
-            self._tail = waiting[whole:].copy()
+        step = max(1, (1 << 20) // (header.pages_per_record * PAGE)) * per_page
+        with self._writing():
+            for start in range(0, len(records_NR), step):
+                part = records_NR[start : start + step]
+                waiting = np.concatenate([self._tail, part])
+                whole = len(waiting) // per_page * per_page
+                self._write(waiting[:whole])
+                self._tail = waiting[whole:].copy()
+                self.rows_done += len(part)
 
     def add_rows(self, rows_NW: np.ndarray) -> None:
         """Append float32 rows [N, width], encoded."""
@@ -411,17 +446,17 @@ class Writer:
         flat = pages.reshape(-1)
         sums = np.empty(len(flat) // PAGE, np.uint32)
         checks.page_sums(flat, sums)
-        with _named(self.partial):
-            self._file.write(flat.data)
-            self._sums.write(sums.astype("<u4").tobytes())
+        self._file.write(flat.data)
+        self._sums.write(sums.astype("<u4").tobytes())
 
     def finish(self) -> Header:
         """Checksums, header, sync, rename. ConfigError when rows are missing."""
+        self._require_open()
         header = self.header
         if self.rows_done != header.n_rows:
             raise ConfigError(f"{self.path} wants {header.n_rows:,} rows; {self.rows_done:,} were added.")
-        self._write(self._tail)
-        with _named(self.partial):
+        with self._writing():
+            self._write(self._tail)
             section = self._sums_section()
             self._file.write(section.data)
             finished = replace(header, checksums_hash=int(checks.xxh64(section)))
@@ -432,7 +467,8 @@ class Writer:
             self._file.flush()
             os.fsync(self._file.fileno())
             os.replace(self.partial, self.path)
-            self.partial_sums.unlink()
+            self._finished = True
+            self.partial_sums.unlink(missing_ok=True)
             sync_directory(self.path.parent)
         self.close()
         return finished
@@ -443,35 +479,62 @@ class Writer:
         n = 4 * self.header.n_pages
         return np.frombuffer(self._sums.read(n).ljust(_round_up(n), b"\0"), np.uint8)
 
-    def _sums_hash(self) -> int:
-        return int(checks.xxh64(self._sums_section()))
-
     def discard(self) -> None:
-        """Remove what was written."""
-        self.partial.unlink(missing_ok=True)
-        self.partial_sums.unlink(missing_ok=True)
+        """Remove what was written, unless it was finished."""
+        if not self._finished:
+            with _named(self.partial):
+                if self._file.closed:
+                    self._file = _locked(self.partial)
+                # the locked file last: whoever comes next finds neither
+                self.partial_sums.unlink(missing_ok=True)
+                self.partial.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
         """Keep the partial file for a later writer."""
-        self._file.close()
-        sums = getattr(self, "_sums", None)
-        if sums is not None:
-            sums.close()
+        for file in (getattr(self, "_sums", None), self._file):
+            if file is not None:
+                # checksums that find no room cost the later writer those pages, no more
+                with contextlib.suppress(OSError):
+                    file.close()
+
+    def _require_open(self) -> None:
+        if self._file.closed:
+            raise CheckpointError(
+                f"{self.path}: this writer was closed, or failed before. Open a new one; it goes on with what is there."
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """What failed may have left half a page: nothing is written after it."""
+        try:
+            with _named(self.partial):
+                yield
+        except BaseException:
+            self.close()
+            raise
 
 
 def _locked(path: Path) -> BinaryIO:
     """The file, made where it is missing, with an exclusive lock that dies with this process."""
     while True:
-        file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115
+        # made or found in one step, and never cut: it may be another writer's
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the writer before us may have renamed the file after we opened it
             if path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 return file
-        except OSError:
+        except FileNotFoundError:
+            pass
+        except BlockingIOError:
             file.close()
-            raise CheckpointError(f"{path} is being written by another process.") from None
+            raise CheckpointError(
+                f"{path} is being written by another writer, which holds its lock."
+            ) from None
+        except BaseException:
+            file.close()
+            raise
         file.close()
 
 

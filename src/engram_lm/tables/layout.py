@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engram_lm.errors import CheckpointError
-from engram_lm.tables.codecs import CODECS, Codec
+from engram_lm.tables.codecs import Codec, codec_named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,16 @@ class Segment:
     group_stride: int
     at: int
     n_bytes: int
+
+    def __post_init__(self) -> None:
+        spans = (self.group - 1) * self.stride + self.n_bytes
+        if (
+            min(self.offset, self.first_row, self.at) < 0
+            or min(self.n_rows, self.group, self.n_bytes) < 1
+            or (self.n_rows > 1 and self.group > 1 and self.stride < self.n_bytes)
+            or (self.n_rows > self.group and self.group_stride < spans)
+        ):
+            raise CheckpointError(f"{self.path}: rows cannot lie like this, one over another: {self}.")
 
     @property
     def end(self) -> int:
@@ -71,10 +83,20 @@ class Layout:
             raise CheckpointError(
                 f"{self.name}: {self.n_rows:,} rows of {self.record_bytes} bytes are wanted; the files hold {covered:,}."
             )
+        # as many bytes as wanted, none outside, none twice: then every byte once
+        places = [(s.first_row, s.at, s.first_row + s.n_rows, s.at + s.n_bytes) for s in self.segments]
+        from_S2, to_S2 = np.split(np.array(places, np.int64), 2, axis=1)
+        if (to_S2 > (self.n_rows, self.record_bytes)).any():
+            raise CheckpointError(f"{self.name}: a segment holds rows or bytes beyond the table's.")
+        for k in range(1, len(places)):
+            if ((from_S2[:k] < to_S2[k]) & (from_S2[k] < to_S2[:k])).all(1).any():
+                raise CheckpointError(
+                    f"{self.name}: bytes of row {from_S2[k, 0]:,} and on lie in two places, others nowhere."
+                )
 
     @property
     def rule(self) -> Codec:
-        return CODECS[self.codec]
+        return codec_named(self.codec)
 
     @property
     def record_bytes(self) -> int:

@@ -46,7 +46,7 @@ class Store:
 
     def gather(self, address: Any, *, out: np.ndarray | None = None, dtype: str = "fp32") -> np.ndarray:
         """Rows [..., width] at int64 addresses [...]; `out` is filled and returned where given."""
-        address = np.ascontiguousarray(address, dtype=np.int64)
+        address = _int64(address)
         address_N = address.reshape(-1)
         self.require_in_range(address_N)
         out = _output(out, (*address.shape, self.width), dtype, self.name)
@@ -105,18 +105,28 @@ class HostStore(Store):
         return store
 
     def read_records(self, row_U: np.ndarray, out_UR: np.ndarray) -> None:
-        row_kernels.gather(self.record_RB.ctypes.data, row_U, out_UR.ctypes.data, self.record_bytes)
+        row_kernels.gather(self._records().ctypes.data, row_U, out_UR.ctypes.data, self.record_bytes)
 
     def write_records(self, row_U: np.ndarray, record_UR: np.ndarray) -> None:
         """The inverse of `read_records`."""
-        self.record_RB[row_U] = record_UR
+        self._records()[row_U] = record_UR
+
+    def close(self) -> None:
+        self.record_RB = np.empty((0, self.record_bytes), np.uint8)
+
+    def _records(self) -> np.ndarray:
+        record_RB = self.record_RB
+        if len(record_RB) != self.n_rows:
+            raise CheckpointError(f"{self.name} was closed.")
+        return record_RB
 
     def gather(self, address: Any, *, out: np.ndarray | None = None, dtype: str = "fp32") -> np.ndarray:
-        address = np.ascontiguousarray(address, dtype=np.int64)
+        address = _int64(address)
         address_N = address.reshape(-1)
         self.require_in_range(address_N)
         out = _output(out, (*address.shape, self.width), dtype, self.name)
-        decode(self, self.record_RB, address_N, out, dtype)
+        record_RB = self._records()
+        decode(self, record_RB, address_N, out, dtype)
         return out
 
 
@@ -150,15 +160,12 @@ def _copy_run(
     layout: Layout, segment: Any, row: int, end: int, record_NR: np.ndarray, sums: np.ndarray | None
 ) -> None:
     """Bytes of rows row to end that lie in one segment, read in one go."""
-    i, n = row - segment.first_row, end - row
-    first_group, last_group = i // segment.group, (i + n - 1) // segment.group
-    contiguous = sums is None and segment.group >= segment.n_rows
-    start = segment.offset + (i * segment.stride if contiguous else first_group * segment.group_stride)
-    n_bytes = (
-        (n - 1) * segment.stride + segment.n_bytes
-        if contiguous
-        else (last_group - first_group + 1) * segment.group_stride
-    )
+    i_N = np.arange(row - segment.first_row, end - segment.first_row)
+    at_N = segment.offset + i_N // segment.group * segment.group_stride + i_N % segment.group * segment.stride
+    start, stop = int(at_N[0]), int(at_N[-1]) + segment.n_bytes
+    if sums is not None:
+        start, stop = start // PAGE * PAGE, -(-stop // PAGE) * PAGE
+    n_bytes = stop - start
     try:
         with open(segment.path, "rb", buffering=0) as file:
             file.seek(start)
@@ -166,18 +173,24 @@ def _copy_run(
     except OSError as error:
         raise CheckpointError(f"{segment.path} cannot be read: {error}.") from None
     if len(data) < n_bytes:
-        raise CheckpointError(f"{segment.path} ends before row {row + n - 1:,}: it was cut short.")
+        raise CheckpointError(f"{segment.path} ends before row {end - 1:,}: it was cut short.")
     if sums is not None:
         page = (start - layout.pages_at) // PAGE
         bad = checks.first_bad_page(data, sums[page : page + n_bytes // PAGE])
         if bad >= 0:
             raise damaged_rows(layout, page + bad)
-    if contiguous:
-        rows = np.lib.stride_tricks.as_strided(data, (n, segment.n_bytes), (segment.stride, 1))
-    else:
-        groups = data.reshape(-1, segment.group_stride)[:, : segment.group * segment.stride]
-        rows = groups.reshape(-1, segment.stride)[i - first_group * segment.group :][:n, : segment.n_bytes]
+    rows = np.lib.stride_tricks.sliding_window_view(data, segment.n_bytes)[at_N - start]
     record_NR[:, segment.at : segment.at + segment.n_bytes] = rows
+
+
+def _int64(address: Any) -> np.ndarray:
+    """Whole numbers as contiguous int64; none is cut to one."""
+    found = np.asarray(address)
+    if found.size and found.dtype.kind not in "iu":
+        raise AddressError(f"Addresses are int64; got {found.dtype}.")
+    if found.dtype == np.uint64 and found.size and found.max() > np.iinfo(np.int64).max:
+        raise AddressError(f"Address {found.max()} is outside: no table has as many rows.")
+    return np.asarray(found, dtype=np.int64, order="C")
 
 
 def _output(out: np.ndarray | None, shape: tuple[int, ...], dtype: str, name: str) -> np.ndarray:
@@ -187,4 +200,6 @@ def _output(out: np.ndarray | None, shape: tuple[int, ...], dtype: str, name: st
         return np.empty(shape, OUT_DTYPES[dtype])
     if out.shape != shape or out.dtype != OUT_DTYPES[dtype] or not out.flags.c_contiguous:
         raise AddressError(f"out for {name} must be contiguous {OUT_DTYPES[dtype]} of shape {shape}.")
+    if not out.flags.writeable:
+        raise AddressError(f"out for {name} must be writable; it is not.")
     return out
