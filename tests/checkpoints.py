@@ -9,7 +9,15 @@ import struct
 import numpy as np
 
 QWEN = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding"
-BYTES = {"F8_E4M3": np.uint8, "F8_E8M0": np.uint8, "BF16": "<u2", "F16": "<f2", "F32": "<f4", "I64": "<i8", "U8": np.uint8}
+BYTES = {
+    "F8_E4M3": np.uint8,
+    "F8_E8M0": np.uint8,
+    "BF16": "<u2",
+    "F16": "<f2",
+    "F32": "<f4",
+    "I64": "<i8",
+    "U8": np.uint8,
+}
 
 
 def write_safetensors(path, tensors, *, metadata=None):

@@ -21,6 +21,7 @@ _HOME = {
     "attach": "attachment",
     "detach": "attachment",
     "from_pretrained": "attachment",
+    "load_shipped": "attachment.shipped",
     "memories": "attachment",
     "memory_off": "attachment",
     "save_memory": "attachment",

@@ -67,8 +67,9 @@ def expect(directory: Path, tables: Mapping[Key, Layout], *, profile: str | None
             why="no config.json says which model it is, and no released model has these row counts"
         )
     canonical = facts.profile.id_space == "canonical"
-    # Row counts, moduli and multipliers do not depend on the pad id: they are known without the tokenizer.
-    common = {"vocab_size": facts.vocab_size, "layers": facts.layers, "eos_ids": facts.eos_ids}
+    # Row counts, moduli and multipliers do not depend on the pad or EOS id: they are known without the tokenizer.
+    eos_ids = facts.eos_ids or ((0,) if facts.profile.fill == "eos" else ())
+    common = {"vocab_size": facts.vocab_size, "layers": facts.layers, "eos_ids": eos_ids}
     fill = min(facts.pad_id or 0, facts.vocab_size - 1) if facts.profile.fill == "pad" else None
     schemes = resolve(facts.profile, **common, fill_id=fill)
     told = {"profile": facts.profile.name, "source": facts.source, "schemes": {s.layer: s for s in schemes}}

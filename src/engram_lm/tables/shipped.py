@@ -134,11 +134,11 @@ def _v41(prefix: str, parts: dict[str, Tensor]) -> Layout:
 def _qwen(prefix: str, parts: dict[str, Tensor]) -> Layout:
     shards = {int(found[1]): name for name in parts if (found := _SHARD.fullmatch(name))}
     n_shards = sum(bool(_SHARD.fullmatch(name)) for name in parts)
-    _only(prefix, parts, {"weight", *_SCALES, *shards.values()})
     if shards and ("weight" in parts or n_shards != len(shards)):
         raise CheckpointError(
             f"{prefix} has its rows twice: as weight and as shards, or a shard under two numbers."
         )
+    _only(prefix, parts, {"weight", *_SCALES, *shards.values()})
     if shards and sorted(shards) != list(range(len(shards))):
         missing = next(k for k in range(len(shards)) if k not in shards)
         raise CheckpointError(
