@@ -99,3 +99,14 @@ def qwen_codes(n_rows, width=20, *, seed=0):
     """bfloat16 bits of normal numbers."""
     values = np.random.default_rng(seed).normal(0, 0.02, (n_rows, width)).astype(np.float32)
     return (values.view(np.uint32) >> 16).astype("<u2")
+
+
+def write_tokenizer(directory, n_ids):
+    """tokenizer.json with one word an id."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = {f"word{i}": i for i in range(n_ids)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return tokenizer

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 import checkpoints
-from checkpoints import QWEN, write_raw, write_safetensors, write_sharded
+from checkpoints import QWEN, write_raw, write_safetensors, write_sharded, write_tokenizer
 from engram_lm.addressing import PROFILES, resolve
 from engram_lm.errors import CheckpointError, ConfigError, ModelError
 from engram_lm.operate.identify import expect
@@ -332,16 +332,6 @@ def test_opening_needs_neither_torch_nor_safetensors(tmp_path):
 
 
 # ---- identity ---------------------------------------------------------------------------------------------------------
-
-
-def write_tokenizer(directory, n_ids):
-    from tokenizers import Tokenizer, decoders, models
-
-    words = {f"word{i}": i for i in range(n_ids)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="word0"))
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.save(str(directory / "tokenizer.json"))
-    return tokenizer
 
 
 def test_identity_of_a_v41_checkpoint(tmp_path):

@@ -58,6 +58,8 @@ class _Facts:
 
 def expect(directory: Path, tables: Mapping[Key, Layout], *, profile: str | None = None) -> Expected:
     """What the tables of `directory` should be. `profile`: by the released model's constants, not by config.json."""
+    if profile is not None:
+        profile_named(profile)
     try:
         facts = _facts(directory, tables, profile)
     except EngramError as error:
@@ -112,7 +114,7 @@ def expect(directory: Path, tables: Mapping[Key, Layout], *, profile: str | None
 
 def _facts(directory: Path, tables: Mapping[Key, Layout], profile: str | None) -> _Facts | None:
     if profile is not None:
-        return _released(profile_named(profile).name)
+        return _released(profile)
     config = read_config(directory)
     if config.get("engram_layer_ids"):
         return _deepseek(config)
