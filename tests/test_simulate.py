@@ -114,7 +114,7 @@ def served(lengths: list[int], prompts: list[int], slots: int) -> list[list[int]
     """Tokens of each step, by their place in the file."""
     token_T = np.full(sum(lengths), -1, dtype=np.int64)
     step_T = np.full(sum(lengths), -1, dtype=np.int32)
-    steps = caches.serve(np.array(lengths), np.array(prompts), slots, token_T, step_T)
+    steps, _ = caches.serve(np.array(lengths), np.array(prompts), slots, token_T, step_T)
     return [token_T[step_T == step].tolist() for step in range(steps)]
 
 
@@ -123,6 +123,18 @@ def test_requests_are_read_round_robin_and_a_free_slot_takes_the_next():
     assert served([3, 1, 2, 2], [0, 0, 0, 0], 2) == [[0, 3], [1, 4], [2, 5], [6], [7]]
     assert served([3, 1, 2, 2], [0, 0, 0, 0], 1) == [[t] for t in range(8)]
     assert served([3, 1, 2, 2], [0, 0, 0, 0], 4) == [[0, 3, 4, 6], [1, 5, 7], [2]]
+
+
+def test_steps_in_which_a_slot_finds_no_request_are_left_out():
+    lengths, space = np.array([3, 1, 2, 2]), (np.zeros(8, dtype=np.int64), np.zeros(8, dtype=np.int32))
+    assert caches.serve(lengths, np.zeros(4, dtype=np.int64), 2, *space) == (5, 3)
+    assert caches.serve(lengths, np.zeros(4, dtype=np.int64), 1, *space) == (8, 8)
+    found = simulate(
+        requests_of([5, 6, 7], [5], [6, 7], [8, 9]), scheme_of(), bytes_per_row=264, slots=2, warm_up=0.5
+    )
+    # 0 3 | 1 4 | 2 5 are played, and the step of the fourth of six tokens is the first that counts
+    assert (found.tokens, found.left_out, found.steps, found.counted_steps) == (6, 2, 3, 2)
+    assert found.lookups == 4 * 24
 
 
 def test_a_prompt_is_read_in_one_step():
@@ -188,8 +200,11 @@ def naive_reads(requests: Requests, scheme, slots: int) -> tuple[list[int], list
         scheme.addresses(ids).tolist() for ids in np.split(requests.ids_T, np.cumsum(requests.tokens_Q)[:-1])
     ]
     flat = [row for request in rows for row in request]
+    request_T = np.repeat(np.arange(len(requests)), requests.tokens_Q)
     reads, orders = [], []
     for step in served(requests.tokens_Q.tolist(), requests.prompt_Q.tolist(), slots):
+        if len(set(request_T[step].tolist())) < slots:
+            break
         seen = dict.fromkeys((row, column // 8) for token in step for column, row in enumerate(flat[token]))
         reads += [row for row, _ in seen]
         orders += [order for _, order in seen]

@@ -46,7 +46,7 @@ SEED = 0
 
 
 def runs() -> list[dict]:
-    """What is run. Everything not said is the default of `one_run`."""
+    """What is run. What is not said is the default of `one_run`."""
     profiles = ("deepseek-v4.1", "qwen-ple")
     every = [
         {"group": "main", "profile": profile, "text": text, "heads": 2, "slots": slots}

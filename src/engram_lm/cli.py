@@ -404,7 +404,7 @@ def simulate(
     prefill
         Tokens of each request that come first, in one step (one, unless the file has prompt_tokens).
     warm_up
-        Share of the steps that fill the caches and are not counted.
+        Share of the tokens that fill the caches and is not counted.
     policy
         lfu, tinylfu, pinned, with commas; lru and static are always there.
     entry

@@ -29,16 +29,19 @@ def serve(tokens_Q, prompt_Q, slots, token_T, step_T):
     """The order in which a server with `slots` slots reads the tokens of requests that lie one after another.
 
     A free slot takes the next request and reads its first max(1, prompt) tokens in one step, then one token a step.
-    Within a step, slots come in their order. Writes the token's place and its step; returns the number of steps.
+    Within a step, slots come in their order. Writes the token's place and its step. Returns the number of steps, and how
+    many of them come before the first in which a slot finds no request.
     """
     next_S = np.zeros(slots, dtype=np.int64)
     end_S = np.zeros(slots, dtype=np.int64)
     at = step = queue = start = 0
+    full = -1
     while at < token_T.shape[0]:
         for s in range(slots):
             chunk = 1
             if next_S[s] == end_S[s]:
                 if queue == tokens_Q.shape[0]:
+                    full = step if full < 0 else full
                     continue
                 next_S[s] = start
                 start += tokens_Q[queue]
@@ -51,7 +54,7 @@ def serve(tokens_Q, prompt_Q, slots, token_T, step_T):
                 next_S[s] += 1
                 at += 1
         step += 1
-    return step
+    return step, step if full < 0 else full
 
 
 @njit(nogil=True, cache=True)

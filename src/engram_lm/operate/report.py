@@ -272,7 +272,7 @@ def _text(facts: dict[str, Any], found: Sequence[Simulation], policies: Sequence
         f"{readable_bytes(found[0].table_bytes)} a layer; {facts['vocab_size']:,} ids",
     ]
     if facts["warm_up"]:
-        lines.append(f"the first {facts['warm_up']:.0%} of the steps fill the caches and are not counted")
+        lines.append(f"the first {facts['warm_up']:.0%} of the tokens fill the caches and are not counted")
     for each in found:
         lines += ["", *_simulation(each, facts["entry"], policies)]
     return "\n".join(lines)
@@ -282,7 +282,12 @@ def _simulation(found: Simulation, entry: str, policies: Sequence[str]) -> list[
     shared = found.caches["all"]
     orders = [name for name in found.caches if name != "all"]
     what = "rows" if entry == "row" else "n-grams"
-    lines = [
+    lines = []
+    if found.left_out:
+        lines.append(
+            f"{found.left_out:,} tokens at the end are left out, where fewer than {found.slots} requests remain"
+        )
+    lines += [
         f"layer {found.layer}, {found.slots} at a time: {found.counted_steps:,} steps; {found.lookups:,} lookups "
         f"of {what}, {shared.reads:,} reads ({found.merged:.1%} of lookups merged within their step)",
         "one cache for all orders, hits in % of reads",

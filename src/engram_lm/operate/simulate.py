@@ -4,7 +4,8 @@ What is counted. A server with `slots` slots reads requests as `kernels.caches.s
 request, reads its prompt in one step and then one token a step; slots come in turn. A token looks up one row of every
 column. Rows asked twice within a step are read once, so a step's reads are its different rows; hit rates are shares of
 reads. The cache holds entries: single rows, or with `entry="ngram"` all rows of an n-gram together (no two n-grams then
-share one). The caches start empty; reads of the first `warm_up` share of the steps fill them and are not counted.
+share one). The caches start empty; the first `warm_up` share of the tokens fills them and is not counted. The end, where
+too few requests remain for all slots, is left out: `tokens` counts what was played, `left_out` the rest.
 
     lru        exact for every size at once, by reuse distances
     lfu        LFU with dynamic aging           \\ of the given budgets, see kernels.caches
@@ -85,13 +86,17 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class Simulation:
-    """One layer, one number of slots. lookups: rows or n-grams asked for in counted steps, before merging."""
+    """One layer, one number of slots. lookups: rows or n-grams asked for in counted steps, before merging.
+
+    tokens: played. left_out: tokens of the end, where a slot would stand idle.
+    """
 
     layer: int
     slots: int
     steps: int
     counted_steps: int
     tokens: int
+    left_out: int
     lookups: int
     table_bytes: int
     caches: dict[str, Cache] = field(default_factory=dict)
@@ -129,7 +134,7 @@ def simulate(
             "A stream is cut into requests at --separator."
         )
     if not 0 <= warm_up < 1:
-        raise ConfigError(f"warm_up is {warm_up}; wanted a share of the steps, 0 to below 1.")
+        raise ConfigError(f"warm_up is {warm_up}; wanted a share of the tokens, 0 to below 1.")
     if entry not in ENTRIES:
         raise ConfigError(f"entry is {entry!r}; wanted one of {', '.join(ENTRIES)}.")
     orders, heads = scheme.profile.orders, scheme.profile.heads
@@ -143,16 +148,19 @@ def simulate(
 
     n_tokens = len(requests.ids_T)
     token_T, step_T = np.empty(n_tokens, dtype=np.int64), np.empty(n_tokens, dtype=np.int32)
-    steps = kernels.serve(requests.tokens_Q, requests.prompt_Q, slots, token_T, step_T)
+    _, steps = kernels.serve(requests.tokens_Q, requests.prompt_Q, slots, token_T, step_T)
+    played = int(np.searchsorted(step_T, steps))
+    token_T, step_T = token_T[:played], step_T[:played]
     group_C = np.repeat(np.arange(len(orders), dtype=np.uint8), per_order)
     if entry_CL.size >= 2**31:
         raise ConfigError(
             f"{entry_CL.size} reads are more than one simulation takes (2^31). Use --limit, or --entry ngram."
         )
-    entry_N, group_N = np.empty(entry_CL.size, dtype=np.int32), np.empty(entry_CL.size, dtype=np.uint8)
+    most = played * entry_CL.shape[0]
+    entry_N, group_N = np.empty(most, dtype=np.int32), np.empty(most, dtype=np.uint8)
     reads_K = np.zeros(steps, dtype=np.int32)
     n = kernels.merge_reads(entry_CL, token_T, step_T, group_C, n_entries, entry_N, group_N, reads_K)
-    skipped = int(steps * warm_up)
+    skipped = int(step_T[int(played * warm_up)])
     first = int(reads_K[:skipped].sum())
     reads = _Reads(entry_N[:n], group_N[:n], n_entries, first)
     counted_tokens = int((step_T >= skipped).sum())
@@ -161,7 +169,8 @@ def simulate(
         slots=slots,
         steps=steps,
         counted_steps=steps - skipped,
-        tokens=n_tokens,
+        tokens=played,
+        left_out=n_tokens - played,
         lookups=counted_tokens * entry_CL.shape[0],
         table_bytes=scheme.padded_rows * bytes_per_row,
     )
