@@ -247,9 +247,9 @@ def require_refused_or_right(path: Path, records: np.ndarray) -> str:
     return said
 
 
-@pytest.mark.parametrize("step", [19, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [67, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_flipped_byte_is_refused(step, small, tmp_path):
-    """Where nothing lies but zeros too. In steps of 19 and around every edge; of 1 where there is time."""
+    """Where nothing lies but zeros too. In steps of 67 and around every edge; of 1 where there is time."""
     data, records = small
     path = tmp_path / "t"
     path.write_bytes(data)
@@ -475,7 +475,7 @@ def read_from(header: Header, directory: Path) -> Header:
 
 def test_random_forgeries_never_give_a_wrong_row_or_another_exception(small, tmp_path):
     path, rng = tmp_path / "t", np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(120):
         at = int(rng.integers(8, 136))
         value = rng.integers(0, 256, int(rng.integers(1, 9)), dtype=np.uint8).tobytes()
         path.write_bytes(forged(small[0], {at: value}))

@@ -6,13 +6,13 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from alone import run_alone, started
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.kernels import checks
 from engram_lm.tables import format as packed
@@ -105,19 +105,6 @@ while True:
     moment += step
 print(json.dumps(found))
 """
-
-
-def run_alone(code: str, *arguments: object) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    done = subprocess.run(  # noqa: PLW1510
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 @pytest.mark.parametrize("step", [23, pytest.param(1, marks=pytest.mark.slow)])
@@ -359,14 +346,7 @@ writer.add(t.records()[:21])
 print("locked", flush=True)
 sys.stdin.read()
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(path)],
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as other:
+    with started(code, path, stdin=subprocess.PIPE) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(CheckpointError, match="is being written by another writer"):
             Writer(path, n_rows=N_ROWS, **OPTIONS)

@@ -73,9 +73,10 @@ class DiskStore(Store):
                 self._open_files(os.O_RDONLY | os.O_DIRECT)
                 for handle in self._files.values():
                     os.preadv(handle, [row_kernels.zero_pages(PAGE)], 0)
-                queue = kernels.queue(self.depth)
-                if queue is not None:
-                    kernels.close_queue(queue)
+                reader = _Reader(self)
+                if reader.queue is not None:
+                    # closing a queue takes the system 20 ms: this one reads
+                    self._idle.append(reader)
                     return
                 reason = "the system gives no queue for asynchronous reads"
             except (OSError, AttributeError) as error:
@@ -124,6 +125,10 @@ class DiskStore(Store):
         try:
             if reader is None or reader.pid != pid:
                 reader = _Reader(self)
+                if self.direct and reader.queue is None:
+                    logger.warning(
+                        "%s: no further queue for asynchronous reads; %d threads read.", self.name, self.depth
+                    )
             for segment in self.layout.segments:
                 first, last = np.searchsorted(row_U, (segment.first_row, segment.first_row + segment.n_rows))
                 self._read_segment(reader, files[segment.path], segment, row_U, int(first), int(last), out_UR)
@@ -190,10 +195,6 @@ class _Reader:
             self.queue = kernels.queue(self.depth)
         if self.queue is None:
             self.threads = ThreadPoolExecutor(self.depth)
-        if store.direct and self.queue is None:
-            logger.warning(
-                "%s: no further queue for asynchronous reads; %d threads read.", store.name, self.depth
-            )
         self.request_DQ = np.zeros((self.depth, 8), np.uint64)
         self.pointer_D = np.zeros(self.depth, np.int64)
         self.event_DE = np.zeros((self.depth, 4), np.int64)
