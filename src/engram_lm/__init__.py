@@ -24,8 +24,10 @@ _HOME = {
     "load_shipped": "attachment.shipped",
     "memories": "attachment",
     "memory_off": "attachment",
+    "open_rows": "attachment",
     "save_memory": "attachment",
     "trace": "attachment",
+    "use_table": "attachment",
     "MemoryTrainer": "runs.trainer",
     "load_base": "train.base",
 }

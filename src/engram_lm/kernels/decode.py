@@ -22,7 +22,7 @@ from numba.extending import intrinsic
 
 from engram_lm.kernels.rows import CACHE_LINE, PREFETCH_ROWS, _prefetch
 
-_SAFE_SCALE = np.float32(2.0**-100)
+_SAFE = 27  # e8m0 codes from 2^-100 up
 LANES = 32  # numbers at a time; those left over one by one
 
 _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
@@ -87,13 +87,20 @@ class _Lanes:
         bits = self.builder.lshr(self.as_bits(values), self.constant(16))
         self.store(self.builder.trunc(bits, self.type(_I16)), address)
 
+    def put_tame_bf16(self, values: ir.Value, address: ir.Value) -> None:
+        """To nearest, ties to even, of numbers whose NaNs are those of `e4m3`: rounding leaves them NaNs."""
+        self.store(self.builder.trunc(self._rounded(self.as_bits(values)), self.type(_I16)), address)
+
+    def _rounded(self, bits: ir.Value) -> ir.Value:
+        b = self.builder
+        odd = b.and_(b.lshr(bits, self.constant(16)), self.constant(1))
+        return b.lshr(b.add(b.add(bits, self.constant(0x7FFF)), odd), self.constant(16))
+
     def put_bf16(self, values: ir.Value, address: ir.Value) -> None:
         """To nearest, ties to even; a NaN stays one."""
         b = self.builder
         bits = self.as_bits(values)
-        half = b.lshr(bits, self.constant(16))
-        odd = b.and_(half, self.constant(1))
-        rounded = b.lshr(b.add(b.add(bits, self.constant(0x7FFF)), odd), self.constant(16))
+        half, rounded = b.lshr(bits, self.constant(16)), self._rounded(bits)
         nan = b.icmp_unsigned(">", b.and_(bits, self.constant(0x7FFFFFFF)), self.constant(0x7F800000))
         bits = b.select(nan, b.or_(half, self.constant(0x40)), rounded)
         self.store(b.trunc(bits, self.type(_I16)), address)
@@ -122,53 +129,65 @@ def _lanes(take: str, put: str, count: int) -> Callable:
 
 
 @intrinsic
-def _e8m0(typing_context, address):
-    """The scale at an address: 2^(code - 127), NaN for 255."""
-    signature = types.float32(types.uintp)
+def _byte(typing_context, address):
+    """The byte at an address, as int32."""
 
     def codegen(context, builder, signature, args):
-        code = builder.zext(builder.load(builder.inttoptr(args[0], _I8.as_pointer())), _I32)
-        bits = builder.shl(code, ir.Constant(_I32, 23))
-        # 2^-127 is a subnormal float32
-        bits = builder.select(
-            builder.icmp_unsigned("==", code, ir.Constant(_I32, 0)), ir.Constant(_I32, 1 << 22), bits
-        )
-        bits = builder.select(
-            builder.icmp_unsigned("==", code, ir.Constant(_I32, 255)), ir.Constant(_I32, 0x7FC00000), bits
-        )
-        return builder.bitcast(bits, _F32)
+        return builder.zext(builder.load(builder.inttoptr(args[0], _I8.as_pointer())), _I32)
 
-    return signature, codegen
+    return types.int32(types.uintp), codegen
+
+
+@intrinsic
+def _power(typing_context, code):
+    """2^(code - 127) for codes 1 to 254."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(builder.shl(args[0], ir.Constant(_I32, 23)), _F32)
+
+    return types.float32(types.int32), codegen
+
+
+@njit(nogil=True, cache=True)
+def _rare_power(code):
+    # 2^-127 is a subnormal float32
+    return np.float32(np.nan) if code == 255 else np.float32(2.0**-127) if code == 0 else _power(code)
 
 
 @njit(nogil=True, cache=True, inline="always")
-def _ahead(base, address_N, i, record_bytes):
-    if i + PREFETCH_ROWS < address_N.shape[0]:
-        start = base + np.uint64(address_N[i + PREFETCH_ROWS]) * record_bytes
-        for line in range(0, record_bytes, CACHE_LINE):
-            _prefetch(start + np.uint64(line))
+def _later(base, address_N, i, record_bytes):
+    """Where the record lies that is asked for while record i is decoded; the last ones ask for themselves."""
+    return base + np.uint64(address_N[min(i + PREFETCH_ROWS, address_N.shape[0] - 1)]) * record_bytes
 
 
 def _flat(take: str, put: str) -> Callable:
     """Kernel of a codec whose record is `width` numbers under one scale."""
-    many, one = _lanes(take, put, LANES), _lanes(take, put, 1)
     code_bytes = {"fp32": 4, "bf16": 2, "e4m3": 1}[take]
     row_bytes = {"fp32": 4, "bf16": 2}[put]
+    if (take, put) == ("e4m3", "bf16"):
+        put = "tame_bf16"
+    many, some, one = (_lanes(take, put, count) for count in (LANES, 8, 1))
     in_step, out_step = np.uint64(code_bytes), np.uint64(row_bytes)
 
     @njit(nogil=True)
     def kernel(base, address_N, out, width, scale):
-        record_bytes = np.uint64(width) * in_step
-        whole, lanes = np.uint64(width // LANES * LANES), np.uint64(LANES)
+        record_bytes, n = np.uint64(width) * in_step, np.uint64(width)
         for i in range(address_N.shape[0]):
-            _ahead(base, address_N, i, record_bytes)
+            # a line at a time between the numbers: all at once they would fill the queue of misses and stop the decoding
+            later = _later(base, address_N, i, record_bytes)
+            _prefetch(later + record_bytes - np.uint64(1))
             source = base + np.uint64(address_N[i]) * record_bytes
-            target = out + np.uint64(i) * np.uint64(width) * out_step
+            target = out + np.uint64(i) * n * out_step
             w = np.uint64(0)
-            while w < whole:
+            while w + np.uint64(LANES) <= n:
+                for line in range(0, LANES * in_step, CACHE_LINE):
+                    _prefetch(later + w * in_step + np.uint64(line))
                 many(source + w * in_step, target + w * out_step, scale)
-                w += lanes
-            while w < np.uint64(width):
+                w += np.uint64(LANES)
+            while w + np.uint64(8) <= n:
+                some(source + w * in_step, target + w * out_step, scale)
+                w += np.uint64(8)
+            while w < n:
                 one(source + w * in_step, target + w * out_step, scale)
                 w += np.uint64(1)
 
@@ -177,7 +196,7 @@ def _flat(take: str, put: str) -> Callable:
 
 def _blocks(put: str) -> Callable:
     """Kernel of `fp8_e4m3_e8m0`: codes, then a scale for each 32 of them."""
-    move = _lanes("e4m3", put, 32)
+    move = _lanes("e4m3", "tame_bf16" if put == "bf16" else put, 32)
     # four significant bits times a power of two: exact in bfloat16, unless the product is next to its smallest numbers
     exact = _lanes("e4m3", "exact_bf16", 32) if put == "bf16" else move
     out_step = np.uint64({"fp32": 4, "bf16": 2}[put])
@@ -187,17 +206,19 @@ def _blocks(put: str) -> Callable:
         n, block, n_blocks = np.uint64(width), np.uint64(32), np.uint64(width >> 5)
         record_bytes = n + n_blocks
         for i in range(address_N.shape[0]):
-            _ahead(base, address_N, i, record_bytes)
+            later = _later(base, address_N, i, record_bytes)
+            _prefetch(later + record_bytes - np.uint64(1))
             source = base + np.uint64(address_N[i]) * record_bytes
             target = out + np.uint64(i) * n * out_step
             k = np.uint64(0)
             while k < n_blocks:
                 at = k * block
-                scale = _e8m0(source + n + k)
-                if scale >= _SAFE_SCALE:
-                    exact(source + at, target + at * out_step, scale)
+                _prefetch(later + at)
+                code = _byte(source + n + k)
+                if _SAFE <= code <= 254:
+                    exact(source + at, target + at * out_step, _power(code))
                 else:
-                    move(source + at, target + at * out_step, scale)
+                    move(source + at, target + at * out_step, _rare_power(code))
                 k += np.uint64(1)
 
     return kernel

@@ -47,7 +47,8 @@ class StoredTable:
         self.n_rows, self.width = store.n_rows, store.width
         self.gradients = RowGradients(self, name=store.name)
         self.gradients.handle.requires_grad_(False)
-        self.waited_s = 0.0  # for instruments: what layers waited for tickets
+        # for instruments: tickets that layers asked for their rows, and what they waited for them
+        self.tickets_read, self.waited_s = 0, 0.0
         self._pool: ThreadPoolExecutor | None = None
         self._pool_of: int | None = None
         self._lock = threading.Lock()
@@ -153,6 +154,7 @@ class StoredTicket:
             logger.warning("A prefetch of %s failed (%r); reading again.", table.store.name, error)
             rows = table.gather(self._address)
         table.waited_s += time.perf_counter() - started
+        table.tickets_read += 1
         if table.shadow:
             again = table.gather(self._address)
             if not torch.equal(rows.view(torch.uint8), again.view(torch.uint8)):

@@ -1,0 +1,246 @@
+"""Rows from disk: random reads beside fio and a mapped file, one token's rows, and generation with rows on disk.
+
+    python benchmarks/tables_disk.py [GB] [seconds]
+
+- Rate: `DiskStore.gather` of random rows of 264 B (one page each, checked and decoded), fio's io_uring at the same depth,
+  4 KiB, direct, on the same file, and a NumPy map of it whose pages were dropped from the cache (posix_fadvise). Reads
+  here are direct, so the page cache serves neither; arms take turns. fio is Debian's package.
+- One token: 24 rows by `prefetch(...).rows()`, one after the other, beside fio's completion latency at depth 24.
+- Generation: a decode step of the 512 x 8 Llama with its rows on disk and in memory, by the block that the memory enters
+  before and by batch: what a step has time to hide, and what it has not.
+
+Wall time, medians. The last line is JSON.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import timing
+import torch
+from machine import circumstances
+from shape import draw_ids, random_llama, tokenizer_of_words
+
+from engram_lm import MemoryConfig, attach, memories, use_table
+from engram_lm.tables import DiskStore, HostStore, StoredTable, Writer, open_packed
+
+DEPTH, TOKEN_ROWS = 64, 24
+SEED = 0
+AT_LEAST_OF_FIO, TICKET_OVER_FIO, ADDED_TO_GENERATION = 0.85, 1.5, 0.01
+CODEC, WIDTH = "fp8_e4m3_e8m0", 256
+
+
+def write_table(path, n_bytes):
+    """A packed file of random fp8 records."""
+    rng = np.random.default_rng(SEED)
+    block = rng.integers(0, 120, (15 << 12, 264), dtype=np.uint8)
+    block[:, WIDTH:] = 120
+    n_rows = n_bytes // 4096 * 15
+    with Writer(path, n_rows=n_rows, width=WIDTH, codec=CODEC) as writer:
+        while writer.rows_done < n_rows:
+            block[:, :8] = rng.integers(0, 120, (len(block), 8), dtype=np.uint8)
+            writer.add(block[: n_rows - writer.rows_done])
+        writer.finish()
+
+
+def fio(path, *, depth, seconds):
+    """(reads a second, completion latency percentiles in ms) of random direct 4 KiB reads through io_uring."""
+    if shutil.which("fio") is None:
+        raise SystemExit("fio is not installed: apt install fio")
+    command = [
+        "fio", "--name=rows", f"--filename={path}", "--rw=randread", "--bs=4k", "--direct=1", "--ioengine=io_uring",
+        f"--iodepth={depth}", f"--runtime={seconds}", "--time_based", "--output-format=json", "--readonly",
+        "--norandommap", "--randrepeat=0",
+    ]  # fmt: skip
+    read = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["jobs"][0][
+        "read"
+    ]
+    percentile = read["clat_ns"]["percentile"]
+    return read["iops"], {"p50_ms": percentile["50.000000"] / 1e6, "p99_ms": percentile["99.000000"] / 1e6}
+
+
+def drop_pages(path):
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def mapped_rate(path, layout, rng, *, reads):
+    """Pages a second of reading one record of each of `reads` random pages through a memory map."""
+    drop_pages(path)
+    mapped = np.memmap(path, np.uint8, "r", offset=layout.pages_at)[: layout.n_rows // 15 * 4096].reshape(
+        -1, 4096
+    )
+    mapped._mmap.madvise(1)  # MADV_RANDOM: the kernel would read ahead what nobody asked for
+    page = rng.permutation(len(mapped))[:reads]
+    start = time.perf_counter()
+    mapped[page, :264].sum()
+    return reads / (time.perf_counter() - start)
+
+
+def rates(path, layout, *, seconds, repeats=5):
+    rng = np.random.default_rng(SEED)
+    store = DiskStore(layout, depth=DEPTH)
+    n_pages = layout.n_rows // 15
+    out = np.empty((4096, WIDTH), np.float32)
+
+    def ours():
+        start, reads = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds:
+            store.gather(15 * rng.integers(0, n_pages, 4096) + rng.integers(0, 15, 4096), out=out)
+            reads += 4096
+        return reads / (time.perf_counter() - start)
+
+    store.gather(np.arange(64))
+    found = {"ours": [], "fio": [], "mapped": []}
+    for _ in range(repeats):
+        found["fio"].append(fio(path, depth=DEPTH, seconds=seconds)[0])
+        found["ours"].append(ours())
+        found["mapped"].append(mapped_rate(path, layout, rng, reads=4000))
+    ratio = [a / b for a, b in zip(found["ours"], found["fio"], strict=True)]
+    return {
+        "depth": DEPTH, "direct": store.direct, "reads_a_second": {k: timing.spread(v, "reads") for k, v in found.items()},
+        "ours_over_fio": timing.spread(ratio, "ratio"), "at_least": AT_LEAST_OF_FIO,
+    }  # fmt: skip
+
+
+def tickets(path, layout, *, seconds, repeats=5):
+    rng = np.random.default_rng(SEED)
+    table = StoredTable(DiskStore(layout, depth=DEPTH))
+    table.prefetch(torch.arange(TOKEN_ROWS)).rows()
+    found, over = [], []
+    for _ in range(repeats):
+        _, theirs = fio(path, depth=TOKEN_ROWS, seconds=seconds)
+        spent, start = [], time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            address = torch.from_numpy(rng.integers(0, layout.n_rows, TOKEN_ROWS))
+            begin = time.perf_counter()
+            table.prefetch(address).rows()
+            spent.append(time.perf_counter() - begin)
+        ours = {"p50_ms": 1e3 * np.percentile(spent, 50), "p99_ms": 1e3 * np.percentile(spent, 99)}
+        found.append({"fio": theirs, "ours": ours, "tickets": len(spent)})
+        over.append(ours["p99_ms"] / theirs["p99_ms"])
+    return {
+        "rows": TOKEN_ROWS,
+        "rounds": found,
+        "p99_over_fio": timing.spread(over, "ratio"),
+        "at_most": TICKET_OVER_FIO,
+    }
+
+
+def generation(directory, *, steps, blocks=(1, 2, 4, 7), batches=(1, 8, 64), rows_per_head=60_000):
+    """Decode steps with one memory layer of 24 columns of 256 numbers in fp8, rows in memory and on disk, in turns."""
+    found = []
+    for block in blocks:
+        model = attach(
+            random_llama(), tokenizer_of_words(),
+            MemoryConfig(layers=(block,), profile="deepseek-v4.1", rows_per_head=rows_per_head),
+        )  # fmt: skip
+        (slot,) = memories(model)["memory"].slots
+        path = Path(directory) / f"generation-{block}.engram"
+        rng = np.random.default_rng(SEED)
+        with Writer(path, n_rows=slot.table.n_rows, width=WIDTH, codec=CODEC) as writer:
+            while writer.rows_done < slot.table.n_rows:
+                n = min(65_536, slot.table.n_rows - writer.rows_done)
+                record = rng.integers(0, 248, (n, 264), dtype=np.uint8)
+                record[record == 127] = 0
+                record[:, WIDTH:] = 118
+                writer.add(record)
+            writer.finish()
+        arms = {
+            "memory": StoredTable(HostStore.load(open_packed(path))),
+            "disk": StoredTable(DiskStore(open_packed(path))),
+        }
+        waiting = StoredTable(DiskStore(open_packed(path)))
+        waiting.fetches_ahead = False
+        arms["disk, no prefetch"] = waiting
+        arms["memory"].fetches_ahead = False
+        for batch in batches:
+            (ids,) = draw_ids("zipf", batch=batch, tokens=8 + 3 * steps, count=1)
+            seconds = decode_seconds(model, block, arms, ids, steps)
+            base = np.array(seconds["memory"])
+            row = {"block": block, "batch": batch, "memory": timing.spread(seconds["memory"])}
+            for name in ("disk", "disk, no prefetch"):
+                added = (np.array(seconds[name]) - base) / base
+                row[name] = {**timing.spread(seconds[name]), "added_share": float(np.median(added))}
+            row["waited_ms_a_step"] = 1e3 * arms["disk"].waited_s / max(1, arms["disk"].tickets_read)
+            arms["disk"].waited_s = arms["disk"].tickets_read = 0
+            found.append(row)
+            print(
+                f"  generation, memory before block {block}, batch {batch:2}: {1e3 * row['memory']['median_s']:.1f} ms; "
+                f"from disk {100 * row['disk']['added_share']:+.1f} %, without prefetch "
+                f"{100 * row['disk, no prefetch']['added_share']:+.1f} %",
+                flush=True,
+            )
+        path.unlink()
+    return {
+        "rows_per_head": rows_per_head,
+        "steps": steps,
+        "at_most_added": ADDED_TO_GENERATION,
+        "found": found,
+    }
+
+
+@torch.inference_mode()
+def decode_seconds(model, block, arms, ids, steps):
+    """Wall seconds of every decode step; the arms take turns step by step, each with a cache and tokens of its own."""
+    from transformers import DynamicCache
+
+    caches = {name: DynamicCache(config=model.config) for name in arms}
+    seconds = {name: [] for name in arms}
+    for name, table in arms.items():
+        use_table(model, block, table)
+        model(ids[:, :8], past_key_values=caches[name])
+    for step in range(steps):
+        for k, (name, table) in enumerate(arms.items()):
+            use_table(model, block, table)
+            at = 8 + k * steps + step
+            start = time.perf_counter()
+            model(ids[:, at : at + 1], past_key_values=caches[name])
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def readable(found):
+    lines = ["random reads of 4 KiB a second, depth 64"]
+    for name, spread in found["rates"]["reads_a_second"].items():
+        lines.append(
+            f"  {name:8}{spread['median_reads']:10,.0f}  ({spread['min_reads']:,.0f} to {spread['max_reads']:,.0f})"
+        )
+    ratio, over = found["rates"]["ours_over_fio"], found["tickets"]["p99_over_fio"]
+    lines.append(
+        f"  ours over fio {ratio['median_ratio']:.2f}  ({ratio['min_ratio']:.2f} to {ratio['max_ratio']:.2f})"
+    )
+    lines.append(
+        f"a token's 24 rows: p99 {over['median_ratio']:.2f} times fio's  ({over['min_ratio']:.2f} to {over['max_ratio']:.2f})"
+    )
+    return "\n".join(lines)
+
+
+def run(*, gigabytes=8.0, seconds=4, steps=60, directory=None):
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        path = Path(scratch) / "rows.engram"
+        write_table(path, int(gigabytes * 1e9))
+        layout = open_packed(path)
+        found = {"file_bytes": path.stat().st_size, "seed": SEED}
+        found["rates"] = rates(path, layout, seconds=seconds)
+        found["tickets"] = tickets(path, layout, seconds=seconds)
+        print(readable(found), flush=True)
+        path.unlink()
+        found["generation"] = generation(scratch, steps=steps)
+    return found
+
+
+def main(gigabytes="8", seconds="4"):
+    torch.set_num_threads(1)
+    found = run(gigabytes=float(gigabytes), seconds=int(seconds))
+    print(json.dumps({"benchmark": "tables_disk", **circumstances("torch", "numpy", "numba"), **found}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
