@@ -105,8 +105,11 @@ class _Recoder:
         rows_NW = self.decoder.rows(record_NR)
         encoded_NR = self.codec.encode(rows_NW, scale=self.scale)
         with np.errstate(invalid="ignore"):
-            error_NW = np.abs(self.codec.decode(encoded_NR, scale=self.scale).astype(np.float64) - rows_NW)
-        self.largest_error = max(self.largest_error, float(np.nanmax(error_NW, initial=0.0)))
+            error_NW = self.codec.decode(encoded_NR, scale=self.scale) - rows_NW
+        largest = max(float(error_NW.max()), -float(error_NW.min()))
+        if not np.isfinite(largest):  # NaN stays NaN
+            largest = float(np.abs(error_NW).max(where=np.isfinite(error_NW), initial=0.0))
+        self.largest_error = max(self.largest_error, largest)
         return encoded_NR
 
 

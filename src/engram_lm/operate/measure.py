@@ -26,7 +26,8 @@ class Stats:
     """Of the rows that were read. Norms are of rows that are neither zero nor broken; None where there is none.
 
     zero_rows: every number 0. broken_rows: with a NaN or an infinity. The first few of each are listed.
-    longest_zero_run: (first row, rows), where the rows were read without gaps.
+    longest_zero_run: (first row, rows), where the rows were read without gaps. largest: of the absolute numbers in rows that
+    are not broken.
     norm_octaves: rows by floor(log2(norm)). scale_counts: blocks by scale, for codecs with block scales: 2^key.
     """
 
@@ -80,8 +81,9 @@ def measure(
             total += float(good_U.sum())
             place_U = np.clip((np.log2(good_U) - _LOWEST) * _PER_OCTAVE, 0, len(bins) - 1)
             bins += np.bincount(place_U.astype(np.int64), minlength=len(bins))
-            largest = np.abs(rows_UW).max(where=np.isfinite(rows_UW), initial=0.0)
-            stats.largest = max(stats.largest, float(largest))
+        whole_UW = rows_UW[~broken_U] if broken_U.any() else rows_UW
+        if whole_UW.size:
+            stats.largest = max(stats.largest, float(whole_UW.max()), -float(whole_UW.min()))
         if layout.codec == "fp8_e4m3_e8m0":
             scale_bins += np.bincount(record_UR[:, layout.width :].reshape(-1), minlength=256)
         report(stats.rows_read)
