@@ -12,7 +12,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
     && { echo $$python; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types bench-core demo
+.PHONY: help setup test test-all lint types bench-core bench-tables demo
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ types: setup ## pyrefly; not part of lint, as attributes of torch modules are be
 bench-core: setup ## time the core on one thread; the last line is JSON
 	@test -f benchmarks/core.py || { echo "bench-core: benchmarks/core.py is not there yet" >&2; exit 1; }
 	$(BIN)/python benchmarks/core.py
+
+bench-tables: setup ## time tables in host memory, on disk and in training; needs fio; the last line is JSON
+	$(BIN)/python benchmarks/tables.py
 
 demo: setup ## a language model with memory, and where the memory speaks
 	$(BIN)/engram-lm demo

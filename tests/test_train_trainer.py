@@ -20,6 +20,7 @@ from engram_lm.errors import (  # noqa: E402
     StateError,
 )
 from engram_lm.runs.trainer import WHOLE, MemoryTrainer, last_checkpoint, load_checkpoint  # noqa: E402
+from engram_lm.tables import LoggedTable, Writer  # noqa: E402
 from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
 
 RECIPE = Recipe(
@@ -217,3 +218,53 @@ def test_weights_of_one_step_and_rows_of_another_are_noticed_once(tmp_path):
 
     load_memory(fresh, tmp_path / "memory")
     assert torch.equal(fresh(**batch).logits, trained.eval()(**batch).logits)
+
+
+def on_disk(model, directory):
+    """The model with its rows, new, in a packed file and a log."""
+    (slot,) = engram_lm.memories(model)["memory"].slots
+    base = directory / "base.engram"
+    if not base.exists():
+        facts = dict(slot.scheme.identity.facts)
+        with Writer(
+            base, n_rows=slot.table.n_rows, width=slot.table.width, codec="fp32", identity=facts
+        ) as writer:
+            writer.add_rows(slot.table.rows_view().numpy())
+            writer.finish()
+    table = LoggedTable.open(base, directory / "base.rows", rule=slot.table.gradients.rule)
+    return engram_lm.use_table(model, 1, table), table
+
+
+def test_rows_on_disk_train_as_in_memory_and_go_on_from_a_position_of_their_log(tmp_path):
+    memory = a_model()
+    MemoryTrainer(memory, arguments(tmp_path / "m"), train_dataset=Lines()).train()
+    wanted = rows_of(memory)
+
+    model, table = on_disk(a_model(), tmp_path)
+    trainer = MemoryTrainer(model, arguments(tmp_path / "d"), train_dataset=Lines())
+    trainer.train()
+    assert torch.equal(table.gather(torch.arange(table.n_rows)), wanted)
+    assert not list((tmp_path / "d").rglob("rows-*"))  # checkpoints name a position, and copy nothing
+    with pytest.raises(CheckpointError, match=r"are position [\d,]+ of the log .* use_table"):
+        engram_lm.from_pretrained(
+            tmp_path / "d" / "checkpoint-6", base=build_model(RECIPE, tokenizer=byte_tokenizer())
+        )
+    table.close()
+
+    # killed after checkpoint 4, with more in the log
+    shutil.rmtree(tmp_path / "d" / "checkpoint-6")
+    model, table = on_disk(a_model(), tmp_path)
+    trainer = MemoryTrainer(model, arguments(tmp_path / "d"), train_dataset=Lines())
+    trainer.train(resume_from_checkpoint=True)
+    assert table.store.last_update == 6
+    assert torch.equal(table.gather(torch.arange(table.n_rows)), wanted)
+    for (name, one), other in zip(memory.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(one, other[1]), name
+
+    model.save_pretrained(tmp_path / "saved")
+    assert [path.name for path in (tmp_path / "saved").glob("rows-*")] == ["rows-memory-1.engram"]
+    ids = Lines().ids[0][None]
+    for tier in ("device", "host", "disk"):
+        there = engram_lm.from_pretrained(tmp_path / "saved", tier=tier)
+        with torch.no_grad():
+            assert torch.equal(there(ids).logits, memory.eval()(ids).logits)

@@ -27,16 +27,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engram_lm.addressing import Identity
 from engram_lm.attachment.card import card
-from engram_lm.attachment.placement import Tier, put_table, rows_layout, store_on
+from engram_lm.attachment.placement import Tier
+from engram_lm.attachment.rows import find_rows, packed_name, read_tensors
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import CheckpointError, EngramError, IdentityError
-from engram_lm.tables import StoredTable
+from engram_lm.tables import LoggedTable
 from engram_lm.train.base import BaseRef, fingerprint_of, load_base, quiet_libraries, require_base
 from engram_lm.vocab import TokenMap, tokenizer_fingerprint
 
@@ -99,14 +100,24 @@ def save_memory(
                         'cannot be loaded into. Give PEFT exclude_modules=".*engram.*".'
                     )
                 parameters |= {f"{memory.name}.{index}.{k}": v for k, v in slot.state_dict().items()}
-                tensors = slot.table.checkpoint()
                 identity, stem = slot.scheme.identity, f"{memory.name}-{slot.block}"
-                rows = tensors.pop("rows")
-                put(
-                    f"rows-{stem}.safetensors",
-                    {"rows": rows.to(row_dtype or rows.dtype)},
-                    identity=identity.hash,
-                )
+                log = None
+                if isinstance(slot.table, LoggedTable):
+                    tensors = {}
+                    if row_state:
+                        log = slot.table.where()
+                    else:
+                        beside = directory / f".{packed_name(stem)}.{save_id}"
+                        waiting.append((beside, directory / packed_name(stem)))
+                        slot.table.store.fold(beside, note=save_id)
+                else:
+                    tensors = slot.table.checkpoint()
+                    rows = tensors.pop("rows")
+                    put(
+                        f"rows-{stem}.safetensors",
+                        {"rows": rows.to(row_dtype or rows.dtype)},
+                        identity=identity.hash,
+                    )
                 if row_state and tensors:
                     put(
                         f"state-{stem}.safetensors",
@@ -120,6 +131,7 @@ def save_memory(
                         "width": slot.table.width,
                         "updates": slot.table.gradients.updates,
                         "row_state": bool(row_state and tensors),
+                        **({"log": log} if log is not None else {}),
                         "identity": identity.hash,
                         "identity_facts": json.loads(identity.json),
                     }
@@ -255,7 +267,7 @@ def _load_memory(
         raise CheckpointError(
             f"{directory} holds the memories {sorted(saved)}; the model has {sorted(runtime.memories)}."
         )
-    parameters = _read(
+    parameters = read_tensors(
         directory / "memory.safetensors", manifest["save_id"], config=_config_hash(manifest["memories"])
     )
     fill = []
@@ -263,23 +275,15 @@ def _load_memory(
         for index, (slot, entry) in enumerate(zip(memory.slots, saved[name]["tables"], strict=True)):
             where = f"{directory} (memory {name!r}, block {entry['block']})"
             slot.scheme.identity.require_equal(Identity(entry["identity_facts"]), where=where)
-            stem = f"{name}-{entry['block']}.safetensors"
-            rows_file, marks = directory / f"rows-{stem}", {"identity": entry["identity"]}
-            if tier == "device":
-                rows = _read(rows_file, manifest["save_id"], **marks)
-                shape = tuple(rows["rows"].shape)
-            else:
-                _read(rows_file, manifest["save_id"], names=(), **marks)
-                layout = rows_layout(rows_file, identity=entry["identity_facts"])
-                rows, shape = layout, (layout.n_rows, layout.width)
-            if shape != (slot.table.n_rows, slot.table.width):
+            rows = find_rows(
+                directory, f"{name}-{entry['block']}", entry, slot, save_id=manifest["save_id"], tier=tier,
+                cache_bytes=cache_bytes, row_state=row_state,
+            )  # fmt: skip
+            if rows.shape != (slot.table.n_rows, slot.table.width):
                 raise CheckpointError(
-                    f"{where}: the rows are {shape}; the model's table is "
+                    f"{where}: the rows are {rows.shape}; the model's table is "
                     f"{(slot.table.n_rows, slot.table.width)}. Attach with the same rows_per_head and head_width."
                 )
-            state_file = directory / f"state-{stem}"
-            if row_state and entry.get("row_state", state_file.exists()):
-                rows |= _read(state_file, manifest["save_id"])
             prefix = f"{name}.{index}."
             weights = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
             wanted = slot.state_dict()
@@ -291,14 +295,8 @@ def _load_memory(
                     f"{where}: the weights carry {float(weights['handle']):.0f} row updates, {MANIFEST} says {updates}."
                 )
             fill.append((slot, weights, rows, updates))
-    stores = [
-        None if tier == "device" else store_on(tier, rows, cache_bytes=cache_bytes) for _, _, rows, _ in fill
-    ]
-    for (slot, weights, rows, updates), store in zip(fill, stores, strict=True):
-        if store is None:
-            slot.table.restore(rows)
-        else:
-            put_table(slot, StoredTable(store, dtype=slot.table.dtype), model=model)
+    for slot, weights, rows, updates in fill:
+        rows.put(slot, model)
         slot.load_state_dict(weights)
         slot.table.gradients.set_updates(updates)
 
@@ -331,28 +329,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path} has format {form!r} version {version}; this build reads {FORMAT!r} version {VERSION}."
         )
     return manifest
-
-
-def _read(
-    path: Path, save_id: str, *, names: tuple[str, ...] | None = None, **marks_wanted: str
-) -> dict[str, Tensor]:
-    """The tensors (default all) of one file of the save `save_id`, whose other marks are as wanted."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            marks = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if marks.get("save_id") != save_id:
-        raise CheckpointError(
-            f"{path} belongs to another save than {MANIFEST}; copy the directory again, whole."
-        )
-    for mark, wanted in marks_wanted.items():
-        if marks.get(mark) != wanted:
-            raise IdentityError(f"{path} was saved with {mark} {marks.get(mark)}; {MANIFEST} says {wanted}.")
-    return tensors
 
 
 def _config_hash(entries: list[dict[str, Any]]) -> str:

@@ -166,7 +166,7 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> None:
             stateful = memory is not None and memory.tables[0].gradients.rule.state_bytes_per_row(
                 table["width"]
             )
-            if table["updates"] and stateful and not state.exists():
+            if table["updates"] and stateful and "log" not in table and not state.exists():
                 raise CheckpointError(
                     f"{state} is missing: the rows cannot go on as if nothing had happened."
                 )

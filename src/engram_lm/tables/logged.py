@@ -110,6 +110,15 @@ class LoggedTable(StoredTable):
         """{"log_position": int64 [2]}: where the log ends, now on disk, and how many updates it holds."""
         return {"log_position": torch.tensor([self.store.sync(), self.gradients.updates])}
 
+    def where(self) -> dict[str, object]:
+        """What a checkpoint writes down: the base, the log, and the position that is now on disk."""
+        base = self.store.base.layout.segments[0].path
+        return {
+            "base": str(base.resolve()),
+            "log": str(self.store.path.resolve()),
+            "position": self.store.sync(),
+        }
+
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Cut the log at the checkpoint's position. CheckpointError where the log does not hold it."""
         if "log_position" not in tensors:

@@ -226,7 +226,7 @@ class LoggedStore(Store):
                 self.position = self._replay(position)
 
     def fold(
-        self, path: str | os.PathLike, *, state_path: str | os.PathLike | None = None,
+        self, path: str | os.PathLike, *, state_path: str | os.PathLike | None = None, note: str = "",
         report: Callable[[int, int], None] | None = None,
     ) -> Header:  # fmt: skip
         """Write base and log as a new packed file, and the states beside it; the log stays as it is."""
@@ -235,7 +235,7 @@ class LoggedStore(Store):
             rows = stack.enter_context(
                 Writer(
                     path, n_rows=self.n_rows, width=self.width, codec=self.codec.name, identity=self.identity,
-                    note=source.note,
+                    note=note or source.note,
                 )
             )  # fmt: skip
             states = None
