@@ -1,6 +1,7 @@
 """Shipped checkpoints read in place: every layout against its definition, hostile files, and transformers' own model."""
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -111,6 +112,30 @@ def test_shards_that_follow_one_another_are_read_as_one_run(tmp_path):
     apart = open_shipped(write_safetensors(tmp_path / "n.safetensors", swapped))[1]
     assert len(apart.segments) == 3
     np.testing.assert_array_equal(rows_of(apart), rows_of(layout))
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("rows_a_round", [1, 3, 50])
+def test_one_round_reads_rows_of_many_segments(tmp_path, monkeypatch, direct, rows_a_round):
+    monkeypatch.setattr("engram_lm.tables.disk.STAGE_BYTES", rows_a_round * 8192)
+    bits = checkpoints.qwen_codes(130)
+    files = {
+        f"{k}.safetensors": {f"{QWEN}.shard_{k}.weight": ("BF16", bits[11 * k : 11 * k + 11])}
+        for k in range(12)
+    }
+    (tmp_path / "qwen").mkdir()
+    store = DiskStore(open_shipped(write_sharded(tmp_path / "qwen", files))[1], direct=direct)
+    address = np.array([[129, 0, 64, 11], [10, 129, 22, 121]])
+    np.testing.assert_array_equal(store.gather(address), checkpoints.bf16(bits)[address])
+    # seven rows in five files; rounds of one row read each by itself
+    assert store.reads == {1: 7, 3: 6, 50: 5}[rows_a_round]
+    tensors = checkpoints.v41_tensors(1, 300)
+    layout = open_shipped(write_safetensors(tmp_path / "m.safetensors", tensors))[1]
+    rows = DiskStore(layout, direct=direct).gather(np.arange(300))
+    np.testing.assert_array_equal(rows, checkpoints.numbers_of_v41(tensors, 1))
+    os.truncate(tmp_path / "qwen" / "10.safetensors", 300)
+    with pytest.raises(CheckpointError, match=r"10\.safetensors ends at byte .*cut short while open"):
+        store.gather([129, 0, 121, 115])
 
 
 def test_tables_without_a_block_are_called_by_name(tmp_path):

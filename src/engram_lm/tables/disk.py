@@ -12,8 +12,11 @@ import logging
 import mmap
 import os
 import threading
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -129,9 +132,8 @@ class DiskStore(Store):
                     logger.warning(
                         "%s: no further queue for asynchronous reads; %d threads read.", self.name, self.depth
                     )
-            for segment in self.layout.segments:
-                first, last = np.searchsorted(row_U, (segment.first_row, segment.first_row + segment.n_rows))
-                self._read_segment(reader, files[segment.path], segment, row_U, int(first), int(last), out_UR)
+            for pieces in self._rounds(row_U):
+                self._read_round(reader, files, pieces, row_U, out_UR)
             # one that failed is not used again
             with self._changed:
                 self._idle.append(reader)
@@ -140,48 +142,91 @@ class DiskStore(Store):
                 self._busy.remove(pid)
                 self._changed.notify_all()
 
-    def _read_segment(
+    def _rounds(self, row_U: np.ndarray) -> Iterator[list["_Piece"]]:
+        """What is read at a time: rows of as many segments as the stage holds, so that reads of all of them overlap."""
+        most = max(-(-s.n_bytes // PAGE) * PAGE for s in self.layout.segments)
+        most += 0 if self._sums is not None else PAGE
+        per_round = max(1, STAGE_BYTES // most)
+        pieces, room = [], per_round
+        for segment in self.layout.segments:
+            start, last = np.searchsorted(
+                row_U, (segment.first_row, segment.first_row + segment.n_rows)
+            ).tolist()
+            while start < last:
+                end = min(last, start + room)
+                pieces.append(_Piece(segment, start, end))
+                start, room = end, room - (end - start)
+                if not room:
+                    yield pieces
+                    pieces, room = [], per_round
+        if pieces:
+            yield pieces
+
+    def _read_round(
         self,
         reader: "_Reader",
-        handle: int,
-        segment: Segment,
+        files: dict[Path, int],
+        pieces: list["_Piece"],
         row_U: np.ndarray,
-        first: int,
-        last: int,
         out_UR: np.ndarray,
     ) -> None:
-        unit = PAGE
-        most = -(-segment.n_bytes // unit) * unit + (0 if self._sums is not None else unit)
-        per_round = max(1, STAGE_BYTES // most)
-        for start in range(first, last, per_round):
-            end = min(last, start + per_round)
-            job_U, within_U = np.empty(end - start, np.int64), np.empty(end - start, np.int64)
-            offset_J, asked_J, needed_J = (np.empty(end - start, np.int64) for _ in range(3))
-            n_jobs = kernels.plan(
+        n = sum(piece.end - piece.start for piece in pieces)
+        job_N, within_N = np.empty(n, np.int64), np.empty(n, np.int64)
+        fd_J, offset_J, asked_J, needed_J = (np.empty(n, np.int64) for _ in range(4))
+        n_jobs, at, firsts = 0, 0, []
+        for segment, start, end in pieces:
+            stop = at + end - start
+            here = kernels.plan(
                 row_U, start, end, segment.offset, segment.first_row, segment.stride, segment.group,
-                segment.group_stride, segment.n_bytes, unit, offset_J, asked_J, needed_J, job_U, within_U,
+                segment.group_stride, segment.n_bytes, PAGE, offset_J[n_jobs:], asked_J[n_jobs:], needed_J[n_jobs:],
+                job_N[at:stop], within_N[at:stop],
             )  # fmt: skip
-            stage_stride = int(asked_J[:n_jobs].max())
-            stage_X = reader.stage(n_jobs * stage_stride)
-            reader.run(
-                handle,
-                offset_J[:n_jobs],
-                asked_J[:n_jobs],
-                needed_J[:n_jobs],
+            job_N[at:stop] += n_jobs
+            fd_J[n_jobs : n_jobs + here] = files[segment.path]
+            firsts.append(n_jobs)
+            n_jobs, at = n_jobs + here, stop
+        stage_stride = int(asked_J[:n_jobs].max())
+        stage_X = reader.stage(n_jobs * stage_stride)
+        reader.run(
+            fd_J[:n_jobs],
+            offset_J[:n_jobs],
+            asked_J[:n_jobs],
+            needed_J[:n_jobs],
+            stage_X,
+            stage_stride,
+            lambda job: pieces[bisect_right(firsts, job) - 1].segment.path,
+        )
+        if self._sums is not None:
+            bad = kernels.first_bad_read(
+                stage_X, stage_stride, offset_J, asked_J, n_jobs, self.layout.pages_at, self._sums
+            )
+            if bad >= 0:
+                raise damaged_rows(self.layout, bad)
+        at = 0
+        for segment, start, end in pieces:
+            stop = at + end - start
+            kernels.take(
                 stage_X,
                 stage_stride,
-                segment.path,
+                job_N[at:stop],
+                within_N[at:stop],
+                segment.n_bytes,
+                out_UR,
+                start,
+                segment.at,
             )
-            if self._sums is not None:
-                bad = kernels.first_bad_read(
-                    stage_X, stage_stride, offset_J, asked_J, n_jobs, self.layout.pages_at, self._sums
-                )
-                if bad >= 0:
-                    raise damaged_rows(self.layout, bad)
-            kernels.take(stage_X, stage_stride, job_U, within_U, segment.n_bytes, out_UR, start, segment.at)
-            with self._changed:
-                self.reads += n_jobs
-                self.bytes_read += int(asked_J[:n_jobs].sum())
+            at = stop
+        with self._changed:
+            self.reads += n_jobs
+            self.bytes_read += int(asked_J[:n_jobs].sum())
+
+
+class _Piece(NamedTuple):
+    """Places start to end of the rows asked for, which lie in one segment."""
+
+    segment: Segment
+    start: int
+    end: int
 
 
 class _Reader:
@@ -224,10 +269,10 @@ class _Reader:
         return self._stage
 
     def run(
-        self, handle: int, offset_J: np.ndarray, asked_J: np.ndarray, needed_J: np.ndarray, stage_X: np.ndarray,
-        stage_stride: int, path: Path,
+        self, fd_J: np.ndarray, offset_J: np.ndarray, asked_J: np.ndarray, needed_J: np.ndarray, stage_X: np.ndarray,
+        stage_stride: int, path_of: Callable[[int], Path],
     ) -> None:  # fmt: skip
-        fd_J = np.full(len(offset_J), handle, np.int64)
+        """Read all jobs; `path_of` a job, for errors."""
         status = np.zeros(3, np.int64)
         place = stage_X.ctypes.data
         if self.queue is not None:
@@ -241,11 +286,14 @@ class _Reader:
             self.queue, status[0] = None, kernels.FAILED
         if status[0] == kernels.SHORT:
             raise CheckpointError(
-                f"{path} ends at byte {offset_J[status[1]] + status[2]:,}, inside a row: it was cut short while open."
+                f"{path_of(int(status[1]))} ends at byte {offset_J[status[1]] + status[2]:,}, inside a row: it was cut "
+                "short while open."
             )
         if status[0] == kernels.FAILED:
             reason = os.strerror(int(-status[2]))
-            raise CheckpointError(f"{path} could not be read at byte {offset_J[status[1]]:,}: {reason}.")
+            raise CheckpointError(
+                f"{path_of(int(status[1]))} could not be read at byte {offset_J[status[1]]:,}: {reason}."
+            )
 
     def _run_threads(
         self, fd_J: np.ndarray, offset_J: np.ndarray, asked_J: np.ndarray, needed_J: np.ndarray, stage_X: np.ndarray,
