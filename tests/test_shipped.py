@@ -527,6 +527,43 @@ def test_an_fp8_table_as_transformers_reads_it(tmp_path):
         assert torch.equal(leave_rows(model, tmp_path)(IDS).logits, wanted)
 
 
+@pytest.mark.parametrize("scale_dtype", ["BF16", "F32"])
+def test_an_fp8_checkpoint_as_transformers_loads_it(tmp_path, scale_dtype):
+    """One scale a table; in a bfloat16 model transformers rounds a float32 one."""
+    from safetensors.torch import load_file
+
+    from engram_lm import load_shipped
+
+    tiny_qwen(split_ngram_parts=4).to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors, scale = {}, torch.tensor([0.0123])
+    scale = ("F32", scale) if scale_dtype == "F32" else ("BF16", scale.bfloat16().view(torch.uint16))
+    names = {torch.bfloat16: "BF16", torch.int64: "I64", torch.float32: "F32"}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if "ngram_embedding" in name:
+            codes = (tensor.float() * 80).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[name] = ("F8_E4M3", codes.view(torch.uint8))
+            tensors[name.split("shard_")[0] + "weight_scale"] = scale
+        else:
+            is_bf16 = tensor.dtype == torch.bfloat16
+            tensors[name] = (names[tensor.dtype], tensor.view(torch.uint16) if is_bf16 else tensor)
+    tensors = {name: (dtype, tensor.numpy()) for name, (dtype, tensor) in tensors.items()}
+    write_safetensors(tmp_path / "model.safetensors", tensors, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    kept = ["proj", "lm_head", "mlp", "linear_attn", "self_attn", "hyper"]
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "modules_to_convert": ["ngram_embedding"],
+        "modules_to_not_convert": kept,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert type(loaded.model.layers[1].ple.ple_embedding.ngram_embedding).__name__ == "FP8Embedding"
+    with torch.no_grad():
+        wanted = loaded(IDS).logits
+        assert torch.equal(load_shipped(tmp_path, dtype=torch.bfloat16)(IDS).logits, wanted)
+        assert torch.equal(load_shipped(tmp_path, rows="host", dtype=torch.bfloat16)(IDS).logits, wanted)
+
+
 def test_what_cannot_be_done_with_rows_in_files(checkpoint, tmp_path):
     import pickle
 

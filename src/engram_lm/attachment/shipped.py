@@ -9,6 +9,7 @@ what the state_dict lacks is the rows. They do not train here.
 """
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -123,8 +124,12 @@ def _replace(module: nn.Module, tables: Mapping[Any, Layout], make: Callable[[La
             f"{layout.name} has {layout.n_rows:,} rows of {layout.width} numbers; the model wants {old.num_embeddings:,} "
             f"of {old.embedding_dim}."
         )
-    # an fp8 embedding's rows leave in the dtype of its scale
-    dtype = getattr(old, "weight_scale", old.weight).dtype
+    # rows of an FP8Embedding leave in the dtype of its scale, and loading rounds the scale to the model's
+    scale = getattr(old, "weight_scale", None)
+    dtype = (old.weight if scale is None else scale).dtype
+    if layout.codec == "fp8_e4m3":
+        rounded = torch.tensor(layout.scale, device="cpu").to(dtype) if scale is None else scale
+        layout = dataclasses.replace(layout, scale=float(rounded))
     module.ngram_embedding = StoredEmbedding(make(layout), dtype=dtype)
 
 
