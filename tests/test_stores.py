@@ -323,6 +323,23 @@ def test_a_split_table_that_is_cut_short_is_refused(way, tmp_path, monkeypatch):
         opened(way, layout, monkeypatch)
 
 
+@pytest.mark.parametrize("way", ["queued", "threads", "unqueued"])
+def test_errors_name_the_file_of_a_split_table(way, tmp_path, monkeypatch):
+    records = some_records(50, 66)
+    layout = split_table(tmp_path, records, 64, 0)
+    store = opened(way, layout, monkeypatch)
+    for k, name in enumerate(("codes-1", "codes-2", "scales")):
+        segment = layout.segments[k]
+        data = segment.path.read_bytes()
+        os.truncate(segment.path, segment.offset)
+        with pytest.raises(CheckpointError, match=rf"/{name} ends at byte [\d,]+, inside a row"):
+            store.gather(np.arange(50))
+        segment.path.write_bytes(data)
+    wanted = CODECS["fp8_e4m3_e8m0"].decode(records)
+    assert np.array_equal(store.gather(np.arange(50)), wanted, equal_nan=True)
+    store.close()
+
+
 # ---- what may happen to a file -----------------------------------------------------------------------------------------
 
 
