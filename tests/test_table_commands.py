@@ -648,6 +648,12 @@ def test_packed_files_carry_the_identity_that_the_checkpoint_gives(run, tmp_path
         assert read_header(tmp_path / "packed" / f"layer-{layer}.engram").identity == facts
     told = findings(run("doctor", tmp_path / "packed", "--json"), "ok")
     assert "by the file itself" in told[1, "identity"]
+    assert told[14, "rows"] == "4 moduli, 109 to 131, sum to 480; 0 rows of padding"
+    # fewer rows than the moduli of its own identity
+    facts = read_header(tmp_path / "packed" / "layer-1.engram").identity
+    table_of(np.ones((407, 8), np.float32), tmp_path / "short.engram", identity=facts)
+    wrong = findings(run("doctor", tmp_path / "short.engram", "--json", code=1), "wrong")
+    assert "sum to 408; the table has 407: some addresses are outside" in wrong[1, "rows"]
 
 
 # ---- the command line -------------------------------------------------------------------------------------------------

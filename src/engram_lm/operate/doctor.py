@@ -140,11 +140,27 @@ def _identity(report: Report, source: Source) -> None:
             report.add(key, "rows", "wrong", f"a table, and the model reads memory in layers {layers} alone")
         elif layout.identity is not None and key not in expected.identities:
             report.add(key, "identity", "ok", f"{_hash(layout.identity)}, by the file itself")
+            _own_rows(report, key, layout)
     declared = _declared(source)
     for layer, n_rows in declared.items():
         if layer in source.tables and source.tables[layer].n_rows != n_rows:
             got = source.tables[layer].n_rows
             report.add(layer, "config", "wrong", f"config.json says {n_rows:,} rows; the table has {got:,}")
+
+
+def _own_rows(report: Report, key: Key, layout: Layout) -> None:
+    """A packed file's rows against the moduli in its own identity."""
+    moduli = layout.identity.get("moduli")
+    if not (isinstance(moduli, list) and moduli and all(type(modulus) is int for modulus in moduli)):
+        report.add(key, "rows", "note", "the identity lists no moduli: row counts are not checked")
+        return
+    sums = f"{len(moduli)} moduli, {moduli[0]:,} to {moduli[-1]:,}, sum to {sum(moduli):,}"
+    if sum(moduli) <= layout.n_rows:
+        report.add(key, "rows", "ok", f"{sums}; {layout.n_rows - sum(moduli)} rows of padding")
+    else:
+        report.add(
+            key, "rows", "wrong", f"{sums}; the table has {layout.n_rows:,}: some addresses are outside"
+        )
 
 
 def _declared(source: Source) -> dict[int, int]:
