@@ -21,6 +21,7 @@ from engram_lm.errors import AddressError, CheckpointError, ConfigError
 from engram_lm.kernels import disk as kernels
 from engram_lm.kernels import rows as row_kernels
 from engram_lm.tables import disk
+from engram_lm.tables.cached import CachedStore
 from engram_lm.tables.codecs import CODECS, bf16_bits, codec_named
 from engram_lm.tables.disk import DiskStore
 from engram_lm.tables.format import PAGE, Writer, open_packed, verify
@@ -227,6 +228,16 @@ def test_a_closed_store_says_so(way, bf16_table, monkeypatch):
     with pytest.raises(CheckpointError, match="was closed"):
         store.read_records(np.array([1]), np.zeros((1, 200), np.uint8))
     store.close()
+
+
+def test_a_closed_cache_says_so_too(bf16_table):
+    store = CachedStore(opened("queued", bf16_table[0]), budget_bytes=100_000)
+    for _ in range(2):
+        assert same(store.gather([1, 2]), bf16_table[2][[1, 2]])
+    assert store.hits == 2
+    store.close()
+    with pytest.raises(CheckpointError, match="was closed"):
+        store.gather([1, 2])
 
 
 def test_what_cannot_be_is_refused(bf16_table):

@@ -90,3 +90,5 @@ class CachedStore(Store):
 
     def close(self) -> None:
         self.slow.close()
+        # what is not found here is asked of the slower store, which says that it was closed
+        self.forget()
