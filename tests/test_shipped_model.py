@@ -97,6 +97,37 @@ def test_logits_do_not_change_in_half_precision(checkpoint):
         assert torch.equal(load_shipped(checkpoint[0]).to(dtype)(IDS).logits, cast(IDS).logits)
 
 
+def test_names_of_the_released_model_with_vision(tmp_path):
+    from engram_lm import load_shipped
+
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    vision |= {"out_hidden_size": 32, "num_position_embeddings": 16}
+    text = tiny_qwen(split_ngram_parts=4).config.to_dict()
+    model = hf.Qwen4ExpForConditionalGeneration(
+        hf.Qwen4ExpConfig(text_config=text, vision_config=vision)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    name = "model.language_model.layers.1.ple.ple_embedding.ngram_embedding.weight"
+    assert open_shipped(tmp_path)[1].name == name
+    with torch.no_grad():
+        logits = model(IDS).logits
+        whole = load_shipped(tmp_path, model_class=hf.Qwen4ExpForConditionalGeneration)
+        assert torch.equal(whole.eval()(IDS).logits, logits)
+        assert torch.equal(load_shipped(tmp_path)(IDS).logits, logits)
+
+
+def test_rows_behind_a_cache_of_ones_own(checkpoint):
+    from engram_lm import load_shipped
+    from engram_lm.tables import CachedStore, DiskStore
+
+    model = load_shipped(
+        checkpoint[0], rows=lambda layout: CachedStore(DiskStore(layout), budget_bytes=1 << 20)
+    )
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(model(IDS).logits, checkpoint[1])
+
+
 def test_a_loaded_model_gives_its_rows_back(checkpoint):
     from engram_lm.attachment.shipped import leave_rows
 
