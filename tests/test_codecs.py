@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from engram_lm.errors import ConfigError
 from engram_lm.kernels import rows as row_kernels
 from engram_lm.kernels.decode import KERNELS
+from engram_lm.tables import Writer, open_packed
 from engram_lm.tables.codecs import (
     CODEC_BY_ID,
     CODECS,
@@ -20,7 +21,6 @@ from engram_lm.tables.codecs import (
     e8m0_values,
 )
 from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.format import Writer, open_packed
 from engram_lm.tables.store import HostStore
 
 TINY = float(np.finfo(np.float32).tiny)

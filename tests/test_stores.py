@@ -24,9 +24,10 @@ from engram_lm.tables import disk
 from engram_lm.tables.cached import CachedStore
 from engram_lm.tables.codecs import CODECS, bf16_bits, codec_named
 from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.format import PAGE, Writer, open_packed, verify
+from engram_lm.tables.format import PAGE, open_packed, verify
 from engram_lm.tables.layout import Layout, Segment
 from engram_lm.tables.store import HostStore, records_of
+from engram_lm.tables.writer import Writer
 
 # Ways to read a layout; "unqueued": past the page cache, but by threads, as where queues have run out.
 WAYS = ("host", "queued", "threads", "unqueued")

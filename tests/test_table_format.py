@@ -20,13 +20,13 @@ from engram_lm.tables.format import (
     MAGIC,
     PAGE,
     Header,
-    Writer,
     open_packed,
     read_header,
     verify,
 )
 from engram_lm.tables.layout import Layout
 from engram_lm.tables.store import HostStore
+from engram_lm.tables.writer import Writer
 
 GOLDEN = Path(__file__).parent / "golden" / "tables-v1"
 FACTS = {"profile": "test", "layer": 1, "moduli": [5, 7], "seed": 3}

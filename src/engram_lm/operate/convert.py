@@ -23,10 +23,10 @@ from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.operate.sources import Decoder
 from engram_lm.tables import CODECS, Layout, Writer, names_of
 from engram_lm.tables.codecs import E4M3_MAX, codec_named
-from engram_lm.tables.format import sync_directory
 from engram_lm.tables.safetensors import header_bytes
 from engram_lm.tables.shipped import Names, shard_name, shard_rows
 from engram_lm.tables.store import records_of
+from engram_lm.tables.writer import sync_directory
 
 Report = Callable[[int, int], None]
 

@@ -34,7 +34,7 @@ _WHERE = {
     "TrainableTable": "protocol",
     "CODECS": "codecs",
     "Header": "format",
-    "Writer": "format",
+    "Writer": "writer",
     "open_packed": "format",
     "read_header": "format",
     "verify": "format",

@@ -25,8 +25,9 @@ from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.kernels import checks, rowmap
 from engram_lm.kernels import disk as disk_kernels
 from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.format import Header, Writer, read_header
+from engram_lm.tables.format import Header, read_header
 from engram_lm.tables.store import Store
+from engram_lm.tables.writer import Writer
 
 MAGIC = b"\x89ENGL\r\n\x1a"
 VERSION = 1

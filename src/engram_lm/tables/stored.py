@@ -33,7 +33,7 @@ class StoredTable:
 
     Args:
         store: HostStore, DiskStore, CachedStore or one of your own.
-        dtype: rows leave as torch.float32 or torch.bfloat16.
+        dtype: rows leave as torch.float32 or torch.bfloat16, in pinned memory where CUDA is in use.
         threads: gathers at a time in the background.
         shadow: compare every prefetched gather with a second one; StateError on any difference. For tests: it doubles reads.
     """
@@ -49,6 +49,7 @@ class StoredTable:
         self.gradients.handle.requires_grad_(False)
         # for instruments: tickets that layers asked for their rows, and what they waited for them
         self.tickets_read, self.waited_s = 0, 0.0
+        self._pins = True  # until pinned memory fails once
         self._pool: ThreadPoolExecutor | None = None
         self._pool_of: int | None = None
         self._lock = threading.Lock()
@@ -79,12 +80,25 @@ class StoredTable:
     def gather(self, address: Tensor, *, out: Tensor | None = None) -> Tensor:
         """Rows [..., width] in the table's dtype at int64 `address` [...]; AddressError when one is out of range."""
         if out is None:
-            out = torch.empty((*address.shape, self.width), dtype=self.dtype)
+            out = self._empty((*address.shape, self.width))
         elif out.dtype != self.dtype:
             raise ConfigError(f"out must be {self.dtype}; got {out.dtype}.")
         array = out.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else out.numpy()
         self.store.gather(address.detach().to("cpu").numpy(), out=array, dtype=_OUT[self.dtype])
         return out
+
+    def _empty(self, shape: tuple[int, ...]) -> Tensor:
+        """Memory for rows: pinned where this process uses a GPU, so that a copy to it runs while the CPU goes on."""
+        # not is_available: a context on a GPU that a model on the CPU, or a forked worker, never asked for
+        if self._pins and torch.cuda.is_initialized():
+            try:
+                return torch.empty(shape, dtype=self.dtype, pin_memory=True)
+            except RuntimeError as error:
+                self._pins = False
+                logger.warning(
+                    "%s gathers into plain memory: pinned memory failed (%s).", self.store.name, error
+                )
+        return torch.empty(shape, dtype=self.dtype)
 
     def prefetch(self, address: Tensor) -> "StoredTicket":
         """Begin a gather in the background and return its ticket. Addresses outside raise now."""
@@ -122,7 +136,8 @@ class StoredTable:
             raise CheckpointError(
                 f"{self.store.name} holds {n_bytes / 2**30:,.1f} GiB of rows that have not changed: keep its file."
             )
-        return {"rows": self.gather(torch.arange(self.n_rows))}
+        rows = torch.empty((self.n_rows, self.width), dtype=self.dtype)  # never pinned: it may be large
+        return {"rows": self.gather(torch.arange(self.n_rows), out=rows)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Refused: a stored table is what its file says."""
