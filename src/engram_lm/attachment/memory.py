@@ -113,32 +113,60 @@ class Memory:
         return canonical
 
     def addresses(self, window: Window) -> list[Tensor]:
-        """int64 [B, T, C] for every slot, for the window's chunk."""
-        if torch.compiler.is_compiling() or window.ids_BS.device.type != "cpu":
-            return self._addresses_on_device(window)
-        canonical_BS = self.canonical(window.ids_BS)
-        n_past = canonical_BS.shape[1] - window.n_chunk
-        if window.take_BT is None:
-            starts = None if window.starts_BT is None else window.starts_BT.numpy()
-            previous, chunk = canonical_BS[:, :n_past], canonical_BS[:, n_past:]
-            return [
-                torch.from_numpy(
-                    scheme.addresses(
-                        chunk,
-                        previous_BP=previous[:, max(0, n_past - scheme.max_order + 1) :],
-                        starts_BT=starts,
-                    )
-                )
-                for scheme in self.schemes
-            ]
-        return [window.chunk_of(torch.from_numpy(scheme.addresses(canonical_BS))) for scheme in self.schemes]
+        """int64 [B, T, C] for every slot, for the window's chunk.
 
-    def _addresses_on_device(self, window: Window) -> list[Tensor]:
-        # documents are packed without a cache alone, so starts and window have one length
+        On the CPU where the rows lie there, from one copy of the ids for all such slots: a copy of addresses would be
+        columns times as long, and one a slot. Otherwise on the device of the ids.
+        """
+        if torch.compiler.is_compiling():
+            return [self._address_on_device(slot, window) for slot in self.slots]
+        near = [_ids_on_cpu(window) or _rows_on_cpu(slot.table) for slot in self.slots]
+        if not any(near):
+            return [self._address_on_device(slot, window) for slot in self.slots]
+        on_cpu = _window_on_cpu(window)
+        canonical_BS = self.canonical(on_cpu.ids_BS)
         return [
-            window.chunk_of(slot.on_device(slot.canonical_of_raw[window.ids_BS], starts_BT=window.starts_BT))
-            for slot in self.slots
+            self._address_on_cpu(slot, on_cpu, canonical_BS)
+            if here
+            else self._address_on_device(slot, window)
+            for slot, here in zip(self.slots, near, strict=True)
         ]
+
+    def _address_on_cpu(self, slot: MemorySlot, window: Window, canonical_BS: np.ndarray) -> Tensor:
+        scheme = slot.scheme
+        if window.take_BT is not None:
+            return window.chunk_of(torch.from_numpy(scheme.addresses(canonical_BS)))
+        n_past = canonical_BS.shape[1] - window.n_chunk
+        return torch.from_numpy(
+            scheme.addresses(
+                canonical_BS[:, n_past:],
+                previous_BP=canonical_BS[:, max(0, n_past - scheme.max_order + 1) : n_past],
+                starts_BT=None if window.starts_BT is None else window.starts_BT.numpy(),
+            )
+        )
+
+    def _address_on_device(self, slot: MemorySlot, window: Window) -> Tensor:
+        # documents are packed without a cache alone, so starts and window have one length
+        address_BSC = slot.on_device(slot.canonical_of_raw[window.ids_BS], starts_BT=window.starts_BT)
+        return window.chunk_of(address_BSC)
+
+
+def _ids_on_cpu(window: Window) -> bool:
+    return window.ids_BS.device.type == "cpu"
+
+
+def _rows_on_cpu(table: Any) -> bool:
+    """Whether a table is read on the CPU. One that does not say is asked with addresses where the ids are."""
+    device = getattr(table, "device", None)
+    return device is not None and torch.device(device).type == "cpu"
+
+
+def _window_on_cpu(window: Window) -> Window:
+    """What addresses need of a window, on the CPU. Waits for the device; copies nothing that is there already."""
+    on_cpu = Window(window.ids_BS.cpu(), window.n_chunk, state=None)
+    on_cpu.take_BT = None if window.take_BT is None else window.take_BT.cpu()
+    on_cpu.starts_BT = None if window.starts_BT is None else window.starts_BT.cpu()
+    return on_cpu
 
 
 def profile_of(config: MemoryConfig) -> Profile:

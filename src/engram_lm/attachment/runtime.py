@@ -194,11 +194,21 @@ class MemoryRuntime:
             slot.table.gradients.check(slot.handle, training=learning)
             if learning and slot.training:
                 _refuse_distributed(slot)
-        rows_BTCW = slot.table.read(address_BTC, slot.handle, ticket).to(hidden.device)
+        rows_BTCW = _on_device(slot.table.read(address_BTC, slot.handle, ticket), hidden.device)
         output = slot(hidden, rows_BTCW.flatten(2), window, key=(memory.name, slot.block))
         if self.sink is not None and not torch.compiler.is_compiling():
             self.sink.append(_record(memory, slot, hidden, address_BTC, rows_BTCW, output, window))
         return hidden + output.delta
+
+
+def _on_device(rows_BTCW: Tensor, device: torch.device) -> Tensor:
+    """Rows where the hidden states are. From pinned memory the CPU does not wait for the copy.
+
+    Safe, because nobody writes to the rows again, and torch gives pinned memory away only when copies from it are done.
+    """
+    if torch.compiler.is_compiling() or rows_BTCW.device == device:
+        return rows_BTCW.to(device)
+    return rows_BTCW.to(device, non_blocking=rows_BTCW.is_pinned())
 
 
 class _BlockHook:
