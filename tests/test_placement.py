@@ -18,7 +18,9 @@ from engram_lm.errors import (
     RowUpdateError,
     StateError,
 )
+from engram_lm.operate.sources import open_source
 from engram_lm.tables import CachedStore, DiskStore, HostStore, StoredTable, Writer, open_packed
+from engram_lm.tables.saved import saved_tables
 from matrix import text
 
 TIERS = {"host": {}, "disk": {}, "cached": {"cache_bytes": 200_000}}
@@ -182,3 +184,18 @@ def test_files_of_another_save_are_refused_on_every_tier(model, tmp_path):
     for tier, options in TIERS.items():
         with pytest.raises(CheckpointError, match="belongs to another save"):
             from_pretrained(tmp_path / "a", tier=tier, **options)
+
+
+def test_a_saved_memory_is_a_table_for_the_commands_too(model, tmp_path):
+    save_memory(model, tmp_path)
+    found = saved_tables(tmp_path)
+    slots = memories(model)["memory"].slots
+    assert list(found) == [slot.block for slot in slots]
+    for slot in slots:
+        layout = found[slot.block]
+        assert layout.identity == dict(slot.scheme.identity.facts)
+        assert np.array_equal(HostStore.load(layout).gather([0, 5]), slot.table.rows_view()[[0, 5]].numpy())
+    assert list(open_source(tmp_path).tables) == list(found)
+    (tmp_path / "memory.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"memory\.json cannot be read"):
+        saved_tables(tmp_path)

@@ -12,8 +12,7 @@ from engram_lm.attachment.memory import Memory, MemorySlot
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError
 from engram_lm.tables.cached import CachedStore
 from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.layout import Layout, Segment
-from engram_lm.tables.safetensors import file_tensors
+from engram_lm.tables.layout import Layout
 from engram_lm.tables.store import HostStore, Store
 from engram_lm.tables.stored import StoredTable
 
@@ -77,26 +76,6 @@ def open_rows(
     from engram_lm.tables.format import open_packed
 
     return StoredTable(store_on(tier, open_packed(Path(path)), **options), dtype=dtype)
-
-
-def rows_layout(path: Path, *, identity: dict[str, Any]) -> Layout:
-    """Where the rows lie in a file that `save_memory` wrote. CheckpointError for rows of a dtype that is no codec."""
-    rows = file_tensors(path).get("rows")
-    codec = {"F32": "fp32", "BF16": "bf16"}.get(rows.dtype if rows is not None else "")
-    if codec is None:
-        raise CheckpointError(
-            f"{path} holds {'no rows' if rows is None else f'rows of {rows.dtype}'}; float32 and bfloat16 rows are read "
-            "where they lie."
-        )
-    n_rows, width = rows.shape
-    record_bytes = rows.n_bytes // n_rows
-    segment = Segment(
-        path=path, offset=rows.offset, first_row=0, n_rows=n_rows, stride=record_bytes, group=n_rows,
-        group_stride=rows.n_bytes, at=0, n_bytes=record_bytes,
-    )  # fmt: skip
-    return Layout(
-        name=path.name, n_rows=n_rows, width=width, codec=codec, segments=(segment,), identity=identity
-    )
 
 
 def _require_fit(slot: MemorySlot, table: Any) -> None:

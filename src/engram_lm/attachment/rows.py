@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from engram_lm.attachment.memory import MemorySlot
-from engram_lm.attachment.placement import Tier, put_table, rows_layout, store_on
+from engram_lm.attachment.placement import Tier, put_table, store_on
 from engram_lm.errors import CheckpointError, IdentityError
 from engram_lm.tables import HostStore, LoggedTable, StoredTable
 from engram_lm.tables.format import SUFFIX, open_packed, read_header
+from engram_lm.tables.saved import rows_layout
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a path given to `engram-lm table` holds: packed files or a shipped checkpoint, as layouts by block.
+"""What a path given to `engram-lm table` holds: packed files, a saved memory or a shipped checkpoint, as layouts by block.
 
 source = open_source("model/")                  # a checkpoint, an index, one .safetensors, one .engram, or many
 key, layout = source.one(layer=1)
@@ -16,6 +16,7 @@ import numpy as np
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.tables import DiskStore, Layout, Store, names_of, open_packed, open_shipped
 from engram_lm.tables.format import MAGIC, PARTIAL_MAGIC, SUFFIX
+from engram_lm.tables.saved import MANIFEST, saved_tables
 from engram_lm.tables.store import decode, records_of
 
 STEP_BYTES = 4 << 20
@@ -59,6 +60,8 @@ class Source:
 def open_source(path: str | os.PathLike) -> Source:
     """Headers alone are read. CheckpointError where there is no table."""
     path = Path(path)
+    if (path / MANIFEST).is_file():
+        return Source(path=path, packed=False, tables=saved_tables(path))
     if path.is_dir():
         files = sorted(path.glob("*" + SUFFIX))
         if files and not list(path.glob("*.safetensors")):
