@@ -136,6 +136,26 @@ def test_folding_makes_a_base_of_the_log_and_keeps_the_state(tmp_path):
     assert state_US.any()
 
 
+def test_training_goes_on_from_a_folded_base_and_its_states_as_if_nothing_had_happened(tmp_path):
+    base_file(tmp_path / "t.engram")
+    straight = LoggedTable.open(tmp_path / "t.engram", tmp_path / "t.rows")
+    for seed in range(4):
+        step(straight, seed)
+    straight.store.fold(tmp_path / "new.engram", state_path=tmp_path / "new.state.engram")
+    files = {"base": tmp_path / "new.engram", "log": tmp_path / "new.rows"}
+    folded = LoggedTable.open(**files, state=tmp_path / "new.state.engram")
+    assert folded.store.rows_logged == 0
+    for seed in range(4, 8):
+        step(straight, seed)
+        step(folded, seed)
+    assert torch.equal(everything(folded), everything(straight))
+    folded.close()
+    with pytest.raises(CheckpointError, match="another base file, rule or format"):
+        LoggedTable.open(**files)
+    with pytest.raises(CheckpointError, match=r"holds 500 states of 8 bytes; .* needs 500 of 4"):
+        LoggedTable.open(**files, state=tmp_path / "new.state.engram", rule=rule_from_json("row-rmsprop"))
+
+
 def test_another_base_rule_or_writer_is_refused(tmp_path):
     base_file(tmp_path / "t.engram")
     base_file(tmp_path / "other.engram", rows=np.zeros((ROWS, WIDTH), np.float32))

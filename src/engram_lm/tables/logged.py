@@ -11,6 +11,7 @@ the numbers are those of `DeviceTable`, bit for bit. Rows of codec bf16 are roun
 """
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,11 +57,15 @@ class LoggedTable(StoredTable):
         base: str | os.PathLike,
         log: str | os.PathLike,
         *,
+        state: str | os.PathLike | None = None,
         rule: RowRule | None = None,
         depth: int = 64,
-        **options,
+        **options: Any,
     ) -> "LoggedTable":
-        """The packed file `base` with the log `log`, which is made where it is missing."""
+        """The packed file `base` with the log `log`, which is made where it is missing.
+
+        state: the state file that `store.fold` wrote with the base, for training to go on as if it had not been folded.
+        """
         rule = rule or RowAdam()
         layout = open_packed(base)
         store = LoggedStore(
@@ -68,6 +73,7 @@ class LoggedTable(StoredTable):
             log,
             state_bytes=rule.state_bytes_per_row(layout.width),
             rule=rule.to_json(),
+            states=None if state is None else DiskStore(open_packed(state), depth=depth),
         )
         return cls(store, rule=rule, **options)
 
@@ -110,7 +116,7 @@ class LoggedTable(StoredTable):
         """{"log_position": int64 [2]}: where the log ends, now on disk, and how many updates it holds."""
         return {"log_position": torch.tensor([self.store.sync(), self.gradients.updates])}
 
-    def where(self) -> dict[str, object]:
+    def where(self) -> dict[str, Any]:
         """What a checkpoint writes down: the base, the log, and the position that is now on disk."""
         base = self.store.base.layout.segments[0].path
         return {

@@ -45,6 +45,7 @@ class LoggedStore(Store):
         path: of the log; made where it is missing. A torn end is cut.
         state_bytes: row-optimizer state kept with each row that was written.
         rule: how the rows train; a log of another rule is refused.
+        states: the state file that `fold` wrote beside the base; without one, rows that the log lacks have zero state.
 
     Raises: CheckpointError for a log of another base or rule, or one that another process writes.
     """
@@ -56,6 +57,7 @@ class LoggedStore(Store):
         *,
         state_bytes: int = 0,
         rule: dict[str, Any] | None = None,
+        states: DiskStore | None = None,
     ) -> None:
         super().__init__(
             name=base.name,
@@ -68,7 +70,12 @@ class LoggedStore(Store):
             raise ConfigError(
                 f"Rows of codec {self.codec.name} do not train; convert {base.name} to fp32 or bf16."
             )
-        self.base, self.path, self.state_bytes = base, Path(path), state_bytes
+        self.base, self.path, self.state_bytes, self.states = base, Path(path), state_bytes, states
+        if states is not None and (states.n_rows, states.record_bytes) != (self.n_rows, _words(state_bytes)):
+            raise CheckpointError(
+                f"{states.name} holds {states.n_rows:,} states of {states.record_bytes} bytes; {base.name} needs "
+                f"{self.n_rows:,} of {_words(state_bytes)}."
+            )
         self.entry_bytes = self.record_bytes + state_bytes
         self._pairs, self._n_rows_logged = rowmap.empty(), 0
         self._lock = threading.RLock()
@@ -95,8 +102,8 @@ class LoggedStore(Store):
             raise
 
     def _header(self, rule: dict[str, Any]) -> bytes:
-        with open(self.base.layout.segments[0].path, "rb") as file:
-            base = checks.xxh64(np.frombuffer(file.read(self.base.layout.pages_at), np.uint8))
+        headers = b"".join(_header_of(store) for store in (self.base, self.states) if store is not None)
+        base = checks.xxh64(np.frombuffer(headers, np.uint8))
         constants = json.dumps(rule, sort_keys=True).encode()
         fixed = _HEADER.pack(
             MAGIC, VERSION, self.record_bytes, self.state_bytes, 0, self.n_rows, int(base),
@@ -157,10 +164,15 @@ class LoggedStore(Store):
     def read_entries(self, row_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Records uint8 [U, record_bytes] and states uint8 [U, state_bytes] of rows ascending, each once."""
         entry_UE = np.zeros((len(row_U), self.entry_bytes), np.uint8)
-        self._read(row_U, entry_UE, self.entry_bytes)
+        missing_U = ~self._read(row_U, entry_UE, self.entry_bytes)
+        if self.states is not None and missing_U.any():
+            state_MS = np.empty((int(missing_U.sum()), self.states.record_bytes), np.uint8)
+            self.states.read_records(np.ascontiguousarray(row_U[missing_U]), state_MS)
+            entry_UE[missing_U, self.record_bytes :] = state_MS[:, : self.state_bytes]
         return entry_UE[:, : self.record_bytes].copy(), entry_UE[:, self.record_bytes :].copy()
 
-    def _read(self, row_U: np.ndarray, out_UX: np.ndarray, n_bytes: int) -> None:
+    def _read(self, row_U: np.ndarray, out_UX: np.ndarray, n_bytes: int) -> np.ndarray:
+        """Fill what the log or the base has of each row; bool [U]: which rows the log had."""
         row_U = np.ascontiguousarray(row_U)
         place_U = np.empty(len(row_U), np.int64)
         with self._lock:
@@ -172,6 +184,7 @@ class LoggedStore(Store):
             record_MR = np.empty((int((~logged_U).sum()), self.record_bytes), np.uint8)
             self.base.read_records(row_U[~logged_U], record_MR)
             out_UX[~logged_U, : self.record_bytes] = record_MR
+        return logged_U
 
     def _read_log(self, place_J: np.ndarray, n_bytes: int) -> np.ndarray:
         out_JX = np.empty((len(place_J), n_bytes), np.uint8)
@@ -245,7 +258,7 @@ class LoggedStore(Store):
                     Writer(
                         state_path,
                         n_rows=self.n_rows,
-                        width=-(-self.state_bytes // 4),
+                        width=_words(self.state_bytes) // 4,
                         codec="fp32",
                         note="row state",
                     )
@@ -267,15 +280,27 @@ class LoggedStore(Store):
             return rows.finish()
 
     def close(self) -> None:
-        """Unlock and close the log, and the base."""
+        """Unlock and close the log, the base and its states."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-        self.base.close()
+        for store in (self.base, self.states):
+            if store is not None:
+                store.close()
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0:
             os.close(self._file)
+
+
+def _words(n_bytes: int) -> int:
+    """Rounded up to float32 numbers, as a state file holds them."""
+    return -(-n_bytes // 4) * 4
+
+
+def _header_of(store: DiskStore) -> bytes:
+    with open(store.layout.segments[0].path, "rb") as file:
+        return file.read(store.layout.pages_at)
 
 
 def _batch_hash(head: bytes, body: bytes) -> int:
