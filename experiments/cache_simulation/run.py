@@ -88,6 +88,7 @@ def runs() -> list[dict]:
             "group": "other text",
             "text": text,
             "profile": "deepseek-v4.1",
+            "heads": 2,
             "slots": 1,
             "after": "encyclopaedia",
         }
@@ -173,7 +174,7 @@ def one_run(
         slots=slots,
         budgets=BUDGETS,
         # policies cost a pass for every size; long streams are there for their limit
-        policies=("pinned",) if group == "length" else ("lfu", "tinylfu", "pinned"),
+        policies=("pinned",) if group in ("length", "other text") else ("lfu", "tinylfu", "pinned"),
         entry=entry,
         warm_up=warm_up,
     )
