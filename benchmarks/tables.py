@@ -65,7 +65,7 @@ def wanted(found):
         )
         for one in disk["generation"]["found"]:
             what = f"generation from disk, before block {one['block']}, batch {one['batch']}: added share"
-            row(what, disk["generation"]["at_most_added"], "most", one["disk"]["added_share"])
+            row(what, disk["generation"]["at_most_added"], "most", one["disk"]["added_share"]["median"])
     training = found.get("training")
     if training:
         row(

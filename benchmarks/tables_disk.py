@@ -12,6 +12,7 @@
 Wall time, medians. The last line is JSON.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ import timing
 import torch
 from machine import circumstances
 from shape import draw_ids, random_llama, tokenizer_of_words
+from transformers import DynamicCache
 
 from engram_lm import MemoryConfig, attach, memories, use_table
 from engram_lm.tables import DiskStore, HostStore, StoredTable, Writer, open_packed
@@ -161,20 +163,21 @@ def generation(directory, *, steps, blocks=(1, 2, 4, 7), batches=(1, 8, 64), row
         arms["disk, no prefetch"] = waiting
         arms["memory"].fetches_ahead = False
         for batch in batches:
-            (ids,) = draw_ids("zipf", batch=batch, tokens=8 + 3 * steps, count=1)
-            seconds = decode_seconds(model, block, arms, ids, steps)
+            n = max(24, steps // (1 + batch // 4))
+            (ids,) = draw_ids("zipf", batch=batch, tokens=8 + 3 * n, count=1)
+            seconds = decode_seconds(model, block, arms, ids, n)
             base = np.array(seconds["memory"])
             row = {"block": block, "batch": batch, "memory": timing.spread(seconds["memory"])}
             for name in ("disk", "disk, no prefetch"):
-                added = (np.array(seconds[name]) - base) / base
-                row[name] = {**timing.spread(seconds[name]), "added_share": float(np.median(added))}
+                added = (np.array(seconds[name]) - base) / np.median(base)
+                row[name] = {**timing.spread(seconds[name]), "added_share": interval(added)}
             row["waited_ms_a_step"] = 1e3 * arms["disk"].waited_s / max(1, arms["disk"].tickets_read)
-            arms["disk"].waited_s = arms["disk"].tickets_read = 0
             found.append(row)
+            with_it, without = (row[name]["added_share"] for name in ("disk", "disk, no prefetch"))
             print(
-                f"  generation, memory before block {block}, batch {batch:2}: {1e3 * row['memory']['median_s']:.1f} ms; "
-                f"from disk {100 * row['disk']['added_share']:+.1f} %, without prefetch "
-                f"{100 * row['disk, no prefetch']['added_share']:+.1f} %",
+                f"  generation, memory before block {block}, batch {batch:2}: {1e3 * row['memory']['median_s']:.1f} ms; from disk "
+                f"{100 * with_it['median']:+.1f} % ({100 * with_it['low']:+.1f} to {100 * with_it['high']:+.1f}), without "
+                f"prefetch {100 * without['median']:+.1f} %, waited {row['waited_ms_a_step']:.2f} ms",
                 flush=True,
             )
         path.unlink()
@@ -188,22 +191,31 @@ def generation(directory, *, steps, blocks=(1, 2, 4, 7), batches=(1, 8, 64), row
 
 @torch.inference_mode()
 def decode_seconds(model, block, arms, ids, steps):
-    """Wall seconds of every decode step; the arms take turns step by step, each with a cache and tokens of its own."""
-    from transformers import DynamicCache
-
+    """Wall seconds of every decode step, each arm with a cache of its own; they take turns step by step, in every order."""
     caches = {name: DynamicCache(config=model.config) for name in arms}
     seconds = {name: [] for name in arms}
     for name, table in arms.items():
         use_table(model, block, table)
-        model(ids[:, :8], past_key_values=caches[name])
+        for _ in range(2):  # compiles, and fills caches
+            model(ids[:, :8], past_key_values=caches[name])
+        table.waited_s = table.tickets_read = 0
+    orders = list(itertools.permutations(arms))
     for step in range(steps):
-        for k, (name, table) in enumerate(arms.items()):
-            use_table(model, block, table)
+        for k, name in enumerate(orders[step % len(orders)]):
+            use_table(model, block, arms[name])
             at = 8 + k * steps + step
             start = time.perf_counter()
             model(ids[:, at : at + 1], past_key_values=caches[name])
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def interval(values, *, draws=2000):
+    """Median and its bootstrap 95 % interval."""
+    values = np.asarray(values)
+    picks = np.random.default_rng(SEED).integers(0, len(values), (draws, len(values)))
+    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
+    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
 
 
 def readable(found):
@@ -222,7 +234,7 @@ def readable(found):
     return "\n".join(lines)
 
 
-def run(*, gigabytes=8.0, seconds=4, steps=60, directory=None):
+def run(*, gigabytes=8.0, seconds=4, steps=300, directory=None):
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         path = Path(scratch) / "rows.engram"
         write_table(path, int(gigabytes * 1e9))

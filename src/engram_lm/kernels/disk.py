@@ -36,8 +36,8 @@ _errno_place.restype = ctypes.POINTER(ctypes.c_int32)
 _CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}.get(platform.machine())
 _SETUP, _DESTROY, _SUBMIT, _EVENTS = _CALLS or (0, 0, 0, 0)
 
-# BROKEN: failed, and the queue with it; it is closed already
-OK, SHORT, FAILED, BROKEN = 0, 1, 2, 3
+# BROKEN: failed, and the queue with it; it is closed already. DAMAGED: read, but not what was written
+OK, SHORT, FAILED, BROKEN, DAMAGED = 0, 1, 2, 3, 4
 _AGAIN, _INTERRUPTED = errno.EAGAIN, errno.EINTR
 _SECTOR = 512
 
@@ -71,7 +71,7 @@ def read_queued(
     status[0] becomes OK, SHORT, FAILED or BROKEN, status[1] the job, status[2] bytes read or the negative error number.
     Whatever happens, no read is under way when this returns: the system writes to `stage` until the last one is done.
     """
-    J, depth = offset_J.shape[0], request_DQ.shape[0]
+    J, depth = fd_J.shape[0], request_DQ.shape[0]
     status[0] = OK
     free_D = np.arange(depth)
     n_free, n_made, n_waiting, n_sent, n_done = depth, 0, 0, 0, 0
@@ -191,3 +191,69 @@ def first_bad_read(stage_X, stage_stride, offset_J, asked_J, n_jobs, pages_at, s
             if np.uint32(value) != sums_P[page + k]:
                 return page + k
     return -1
+
+
+@njit(nogil=True, cache=True)
+def plan_pieces(row_U, piece_PX, fd_J, offset_J, asked_J, needed_J, job_N, within_N):
+    """`plan` of several pieces, one after the other; returns the number of jobs.
+
+    piece_PX int64 [P, 10]: places start to end in row_U, then offset, first_row, stride, group, group_stride, n_bytes and at
+    of their segment (see `tables.layout`), and its descriptor.
+    """
+    n_jobs, at = 0, 0
+    for p in range(piece_PX.shape[0]):
+        start, end = piece_PX[p, 0], piece_PX[p, 1]
+        stop = at + end - start
+        here = plan(
+            row_U, start, end, piece_PX[p, 2], piece_PX[p, 3], piece_PX[p, 4], piece_PX[p, 5], piece_PX[p, 6],
+            piece_PX[p, 7], PAGE, offset_J[n_jobs:], asked_J[n_jobs:], needed_J[n_jobs:], job_N[at:stop], within_N[at:stop],
+        )  # fmt: skip
+        for n in range(at, stop):
+            job_N[n] += n_jobs
+        for j in range(n_jobs, n_jobs + here):
+            fd_J[j] = piece_PX[p, 9]
+        n_jobs += here
+        at = stop
+    return n_jobs
+
+
+@njit(nogil=True, cache=True)
+def take_pieces(stage_X, stage_stride, piece_PX, job_N, within_N, out_UR):
+    """`take` of several pieces."""
+    at = 0
+    for p in range(piece_PX.shape[0]):
+        start = piece_PX[p, 0]
+        stop = at + piece_PX[p, 1] - start
+        take(
+            stage_X, stage_stride, job_N[at:stop], within_N[at:stop], piece_PX[p, 7], out_UR, start, piece_PX[p, 8]
+        )  # fmt: skip
+        at = stop
+
+
+@njit(nogil=True)
+def read_pieces(
+    handle, row_U, piece_PX, pages_at, sums_P, stage_X, fd_J, offset_J, asked_J, needed_J, job_N, within_N, request_DQ,
+    pointer_D, event_DE, out_UR, status,
+):  # fmt: skip
+    """Plan, read, check and take in one go: the interpreter is free all the while. Returns the number of reads.
+
+    stage_X holds what every row could need; sums_P is empty where there are no checksums. `status` as in `read_queued`, or
+    DAMAGED with the page in status[1].
+    """
+    n_jobs = plan_pieces(row_U, piece_PX, fd_J, offset_J, asked_J, needed_J, job_N, within_N)
+    stage_stride = np.int64(0)
+    for j in range(n_jobs):
+        stage_stride = max(stage_stride, asked_J[j])
+    read_queued(
+        handle, fd_J[:n_jobs], offset_J, asked_J, needed_J, stage_X.ctypes.data, stage_stride, request_DQ, pointer_D,
+        event_DE, status,
+    )  # fmt: skip
+    if status[0] != OK:
+        return n_jobs
+    if sums_P.shape[0] > 0:
+        bad = first_bad_read(stage_X, stage_stride, offset_J, asked_J, n_jobs, pages_at, sums_P)
+        if bad >= 0:
+            status[0], status[1] = DAMAGED, bad
+            return n_jobs
+    take_pieces(stage_X, stage_stride, piece_PX, job_N, within_N, out_UR)
+    return n_jobs

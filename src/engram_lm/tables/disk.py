@@ -13,7 +13,7 @@ import mmap
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,12 @@ class DiskStore(Store):
         if depth < 1:
             raise ConfigError(f"depth is {depth}; at least one read must be in flight.")
         self.layout, self.depth, self.direct = layout, depth, direct
-        self._sums = read_checksums_of(layout)
+        sums = read_checksums_of(layout)
+        self.sums = np.empty(0, np.uint32) if sums is None else sums
+        # bytes that one row may take to read: without checksums it lies anywhere in its units
+        self.most_read = max(-(-s.n_bytes // PAGE) * PAGE for s in layout.segments) + (
+            PAGE if sums is None else 0
+        )
         self._open()
         self._require_whole_files()
         self.reads = 0  # since opening, for instruments
@@ -144,14 +149,10 @@ class DiskStore(Store):
 
     def _rounds(self, row_U: np.ndarray) -> Iterator[list["_Piece"]]:
         """What is read at a time: rows of as many segments as the stage holds, so that reads of all of them overlap."""
-        most = max(-(-s.n_bytes // PAGE) * PAGE for s in self.layout.segments)
-        most += 0 if self._sums is not None else PAGE
-        per_round = max(1, STAGE_BYTES // most)
+        per_round = max(1, STAGE_BYTES // self.most_read)
         pieces, room = [], per_round
         for segment in self.layout.segments:
-            start, last = np.searchsorted(
-                row_U, (segment.first_row, segment.first_row + segment.n_rows)
-            ).tolist()
+            start, last = row_U.searchsorted((segment.first_row, segment.first_row + segment.n_rows)).tolist()
             while start < last:
                 end = min(last, start + room)
                 pieces.append(_Piece(segment, start, end))
@@ -170,55 +171,50 @@ class DiskStore(Store):
         row_U: np.ndarray,
         out_UR: np.ndarray,
     ) -> None:
-        n = sum(piece.end - piece.start for piece in pieces)
-        job_N, within_N = np.empty(n, np.int64), np.empty(n, np.int64)
-        fd_J, offset_J, asked_J, needed_J = (np.empty(n, np.int64) for _ in range(4))
-        n_jobs, at, firsts = 0, 0, []
-        for segment, start, end in pieces:
-            stop = at + end - start
-            here = kernels.plan(
-                row_U, start, end, segment.offset, segment.first_row, segment.stride, segment.group,
-                segment.group_stride, segment.n_bytes, PAGE, offset_J[n_jobs:], asked_J[n_jobs:], needed_J[n_jobs:],
-                job_N[at:stop], within_N[at:stop],
-            )  # fmt: skip
-            job_N[at:stop] += n_jobs
-            fd_J[n_jobs : n_jobs + here] = files[segment.path]
-            firsts.append(n_jobs)
-            n_jobs, at = n_jobs + here, stop
-        stage_stride = int(asked_J[:n_jobs].max())
-        stage_X = reader.stage(n_jobs * stage_stride)
-        reader.run(
-            fd_J[:n_jobs],
-            offset_J[:n_jobs],
-            asked_J[:n_jobs],
-            needed_J[:n_jobs],
-            stage_X,
-            stage_stride,
-            lambda job: pieces[bisect_right(firsts, job) - 1].segment.path,
+        piece_PX = np.array(
+            [
+                (
+                    start,
+                    end,
+                    s.offset,
+                    s.first_row,
+                    s.stride,
+                    s.group,
+                    s.group_stride,
+                    s.n_bytes,
+                    s.at,
+                    files[s.path],
+                )
+                for s, start, end in pieces
+            ]
         )
-        if self._sums is not None:
-            bad = kernels.first_bad_read(
-                stage_X, stage_stride, offset_J, asked_J, n_jobs, self.layout.pages_at, self._sums
-            )
-            if bad >= 0:
-                raise damaged_rows(self.layout, bad)
-        at = 0
-        for segment, start, end in pieces:
-            stop = at + end - start
-            kernels.take(
-                stage_X,
-                stage_stride,
-                job_N[at:stop],
-                within_N[at:stop],
-                segment.n_bytes,
-                out_UR,
-                start,
-                segment.at,
-            )
-            at = stop
+        n, status = sum(piece.end - piece.start for piece in pieces), np.zeros(3, np.int64)
+        n_jobs, offset_J, asked_J = reader.run(row_U, piece_PX, n, out_UR, status)
+        if status[0] == kernels.DAMAGED:
+            raise damaged_rows(self.layout, int(status[1]))
+        if status[0] != kernels.OK:
+            raise _failure(pieces, row_U, piece_PX, int(offset_J[status[1]]), status)
         with self._changed:
             self.reads += n_jobs
             self.bytes_read += int(asked_J[:n_jobs].sum())
+
+
+def _failure(
+    pieces: list["_Piece"], row_U: np.ndarray, piece_PX: np.ndarray, at: int, status: np.ndarray
+) -> CheckpointError:
+    """The error for a read that failed, with its file and place."""
+    firsts, count = [], 0
+    for p, piece in enumerate(pieces):
+        firsts.append(count)
+        count += kernels.plan_pieces(
+            row_U, piece_PX[p : p + 1], *np.empty((6, piece.end - piece.start), np.int64)
+        )
+    path = pieces[bisect_right(firsts, int(status[1])) - 1].segment.path
+    if status[0] == kernels.SHORT:
+        return CheckpointError(
+            f"{path} ends at byte {at + int(status[2]):,}, inside a row: it was cut short while open."
+        )
+    return CheckpointError(f"{path} could not be read at byte {at:,}: {os.strerror(int(-status[2]))}.")
 
 
 class _Piece(NamedTuple):
@@ -234,6 +230,7 @@ class _Reader:
 
     def __init__(self, store: DiskStore) -> None:
         self.depth, self.pid = store.depth, os.getpid()
+        self.most_read, self.pages_at, self.sums = store.most_read, store.layout.pages_at, store.sums
         self.queue: int | None = None
         self.threads: ThreadPoolExecutor | None = None
         if store.direct:
@@ -269,37 +266,35 @@ class _Reader:
         return self._stage
 
     def run(
-        self, fd_J: np.ndarray, offset_J: np.ndarray, asked_J: np.ndarray, needed_J: np.ndarray, stage_X: np.ndarray,
-        stage_stride: int, path_of: Callable[[int], Path],
-    ) -> None:  # fmt: skip
-        """Read all jobs; `path_of` a job, for errors."""
-        status = np.zeros(3, np.int64)
-        place = stage_X.ctypes.data
+        self, row_U: np.ndarray, piece_PX: np.ndarray, n: int, out_UR: np.ndarray, status: np.ndarray
+    ) -> tuple[int, np.ndarray, np.ndarray]:
+        """Read the pieces' n rows into out_UR: (reads, their offsets, their bytes). What went wrong is in `status`."""
+        fd_J, offset_J, asked_J, needed_J, job_N, within_N = np.empty((6, n), np.int64)
+        stage_X = self.stage(n * self.most_read)
         if self.queue is not None:
-            kernels.read_queued(
-                self.queue, fd_J, offset_J, asked_J, needed_J, place, stage_stride, self.request_DQ, self.pointer_D,
-                self.event_DE, status,
+            n_jobs = kernels.read_pieces(
+                self.queue, row_U, piece_PX, self.pages_at, self.sums, stage_X, fd_J, offset_J, asked_J, needed_J, job_N,
+                within_N, self.request_DQ, self.pointer_D, self.event_DE, out_UR, status,
             )  # fmt: skip
-        else:
-            self._run_threads(fd_J, offset_J, asked_J, needed_J, stage_X, stage_stride, status)
-        if status[0] == kernels.BROKEN:
-            self.queue, status[0] = None, kernels.FAILED
-        if status[0] == kernels.SHORT:
-            raise CheckpointError(
-                f"{path_of(int(status[1]))} ends at byte {offset_J[status[1]] + status[2]:,}, inside a row: it was cut "
-                "short while open."
-            )
-        if status[0] == kernels.FAILED:
-            reason = os.strerror(int(-status[2]))
-            raise CheckpointError(
-                f"{path_of(int(status[1]))} could not be read at byte {offset_J[status[1]]:,}: {reason}."
-            )
+            if status[0] == kernels.BROKEN:
+                self.queue, status[0] = None, kernels.FAILED
+            return n_jobs, offset_J, asked_J
+        n_jobs = kernels.plan_pieces(row_U, piece_PX, fd_J, offset_J, asked_J, needed_J, job_N, within_N)
+        stride = int(asked_J[:n_jobs].max())
+        self._run_threads(fd_J[:n_jobs], offset_J, asked_J, needed_J, stage_X, stride, status)
+        if status[0] == kernels.OK and len(self.sums):
+            bad = kernels.first_bad_read(stage_X, stride, offset_J, asked_J, n_jobs, self.pages_at, self.sums)
+            if bad >= 0:
+                status[:2] = kernels.DAMAGED, bad
+        if status[0] == kernels.OK:
+            kernels.take_pieces(stage_X, stride, piece_PX, job_N, within_N, out_UR)
+        return n_jobs, offset_J, asked_J
 
     def _run_threads(
         self, fd_J: np.ndarray, offset_J: np.ndarray, asked_J: np.ndarray, needed_J: np.ndarray, stage_X: np.ndarray,
         stage_stride: int, status: np.ndarray,
     ) -> None:  # fmt: skip
-        J = len(offset_J)
+        J = len(fd_J)
         cuts = np.linspace(0, J, min(self.depth, J) + 1).astype(np.int64)
         found = np.zeros((len(cuts) - 1, 3), np.int64)
 
