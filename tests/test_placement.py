@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import threading
 
 import numpy as np
@@ -19,7 +20,7 @@ from engram_lm.errors import (
     StateError,
 )
 from engram_lm.operate.sources import open_source
-from engram_lm.tables import CachedStore, DiskStore, HostStore, StoredTable, Writer, open_packed
+from engram_lm.tables import CachedStore, DiskStore, HostStore, StoredTable, Writer, disk, open_packed
 from engram_lm.tables.saved import saved_tables
 from matrix import text
 
@@ -85,7 +86,18 @@ def test_training_around_frozen_rows_is_bit_equal_checkpointing_included(model, 
     assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
 
 
-def test_a_prefetch_that_fails_changes_no_value_and_is_logged(model, tmp_path, monkeypatch, caplog):
+# A few rows are sent for without a thread (`DiskStore.begin`); where the store cannot, a thread gathers them.
+WAYS = ["sent", "thread"]
+
+
+def without_sending(way, monkeypatch):
+    if way == "thread":
+        monkeypatch.setattr(DiskStore, "begin", lambda self, address: None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_prefetch_that_fails_changes_no_value_and_is_logged(way, model, tmp_path, monkeypatch, caplog):
+    without_sending(way, monkeypatch)
     twin, ids = placed(model, packed(model, tmp_path), tier="disk"), text()
     read, failed = DiskStore.read_records, []
 
@@ -95,25 +107,75 @@ def test_a_prefetch_that_fails_changes_no_value_and_is_logged(model, tmp_path, m
             raise RuntimeError("injected")
         return read(self, row_U, out_UR)
 
+    def fail_to_finish(self, out, dtype):
+        failed.append(self._store.name)
+        raise RuntimeError("injected")
+
     monkeypatch.setattr(DiskStore, "read_records", fail_ahead)
+    monkeypatch.setattr(disk._Begun, "finish", fail_to_finish)
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         assert torch.equal(twin(ids).logits, model(ids).logits)
     assert len(failed) == 2
     assert sum("prefetch" in record.message for record in caplog.records) == 2
 
 
-def test_shadow_mode_notices_other_rows(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("way", WAYS)
+def test_shadow_mode_notices_other_rows(way, model, tmp_path, monkeypatch):
+    without_sending(way, monkeypatch)
     twin, gather = placed(model, packed(model, tmp_path), tier="disk"), DiskStore.gather
+    finish = disk._Begun.finish
 
     def other_ahead(self, address, **options):
         rows = gather(self, address, **options)
         return rows if threading.current_thread() is threading.main_thread() else np.negative(rows, out=rows)
 
+    def other_at_the_end(self, out, dtype):
+        finish(self, out, dtype)
+        np.negative(out, out=out)
+
     for table in tables(twin):
         table.shadow = True
     monkeypatch.setattr(DiskStore, "gather", other_ahead)
+    monkeypatch.setattr(disk._Begun, "finish", other_at_the_end)
     with torch.no_grad(), pytest.raises(StateError, match="brought other rows than a gather"):
         twin(text())
+
+
+def test_tickets_that_nobody_asks_for_and_a_store_that_closes_under_them(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((900, 64)).astype(np.float32)
+    with Writer(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
+        writer.add_rows(rows)
+        writer.finish()
+    table = StoredTable(DiskStore(open_packed(tmp_path / "t.engram")))
+    address = torch.tensor([5, 5, 899, 0])
+    for _ in range(20):
+        table.prefetch(address)
+    held = [table.prefetch(address + k) for k in (0, 0)]
+    assert all(np.array_equal(ticket.rows().numpy(), rows[address.numpy()]) for ticket in held)
+    for n in (1, 255, 256, 257):
+        some = torch.randint(0, 900, (n,), generator=torch.Generator().manual_seed(n))
+        assert np.array_equal(table.prefetch(some).rows().numpy(), rows[some.numpy()])
+    ticket = table.prefetch(address)
+    table.store.close()
+    with pytest.raises(CheckpointError, match="was closed"):
+        ticket.rows()
+
+
+def test_a_cut_or_damaged_page_is_an_error_of_the_ticket_too(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((900, 64)).astype(np.float32)
+    with Writer(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
+        writer.add_rows(rows)
+        writer.finish()
+    table = StoredTable(DiskStore(open_packed(tmp_path / "t.engram")))
+    with open(tmp_path / "t.engram", "r+b") as file:
+        file.seek(4096 + 5)
+        file.write(b"?")
+    with pytest.raises(CheckpointError, match=r"page 0 \(rows 0 to 15\) is damaged"):
+        table.prefetch(torch.tensor([3, 40])).rows()
+    assert np.array_equal(table.prefetch(torch.tensor([40])).rows().numpy(), rows[[40]])
+    os.truncate(tmp_path / "t.engram", 4096 * 5)
+    with pytest.raises(CheckpointError, match="was cut short while open"):
+        table.prefetch(torch.tensor([40, 800])).rows()
 
 
 def test_a_ticket_may_be_asked_twice_and_addresses_outside_raise_at_once(tmp_path):

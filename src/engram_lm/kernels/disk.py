@@ -257,3 +257,69 @@ def read_pieces(
             return n_jobs
     take_pieces(stage_X, stage_stride, piece_PX, job_N, within_N, out_UR)
     return n_jobs
+
+
+@njit(nogil=True)
+def begin_pieces(
+    handle, row_U, piece_PX, stage_X, fd_J, offset_J, asked_J, needed_J, job_N, within_N, request_DQ, pointer_D, begun
+):  # fmt: skip
+    """Plan and send reads without waiting for one; there are at most as many rows as requests.
+
+    begun becomes (reads planned, reads sent, bytes from one read's place in stage_X to the next's).
+    """
+    n_jobs = plan_pieces(row_U, piece_PX, fd_J, offset_J, asked_J, needed_J, job_N, within_N)
+    stage_stride = np.int64(0)
+    for j in range(n_jobs):
+        stage_stride = max(stage_stride, asked_J[j])
+    for j in range(n_jobs):
+        request_DQ[j, 0] = np.uint64(j)
+        request_DQ[j, 2] = np.uint64(fd_J[j]) << np.uint64(32)
+        request_DQ[j, 3] = np.uint64(stage_X.ctypes.data) + np.uint64(j) * np.uint64(stage_stride)
+        request_DQ[j, 4] = np.uint64(asked_J[j])
+        request_DQ[j, 5] = np.uint64(offset_J[j])
+        pointer_D[j] = np.int64(request_DQ.ctypes.data) + 64 * j
+    # what the system does not take now is read when the rows are asked for
+    taken = _syscall(_SUBMIT, handle, n_jobs, np.int64(pointer_D.ctypes.data), 0, 0)
+    begun[0], begun[1], begun[2] = n_jobs, max(taken, 0), stage_stride
+
+
+@njit(nogil=True)
+def finish_pieces(
+    handle, begun, piece_PX, pages_at, sums_P, stage_X, fd_J, offset_J, asked_J, needed_J, job_N, within_N, request_DQ,
+    pointer_D, event_DE, out_UR, status,
+):  # fmt: skip
+    """Wait for what `begin_pieces` sent, read the rest, check and take. `status` as in `read_pieces`."""
+    n_jobs, n_sent, stage_stride = begun[0], begun[1], begun[2]
+    status[0] = OK
+    n_done = 0
+    while n_done < n_sent:
+        n_events = _syscall(
+            _EVENTS, handle, n_sent - n_done, event_DE.shape[0], np.int64(event_DE.ctypes.data), 0
+        )
+        if n_events < 0:
+            error = _errno()
+            if error != _INTERRUPTED:
+                _syscall(_DESTROY, handle, 0, 0, 0, 0)
+                status[0], status[1], status[2] = BROKEN, 0, -error
+                return
+            continue
+        for e in range(n_events):
+            job, got = event_DE[e, 0], event_DE[e, 2]
+            if got < needed_J[job] and status[0] == OK:
+                status[0], status[1], status[2] = SHORT if got >= 0 else FAILED, job, got
+        n_done += n_events
+    if status[0] == OK and n_sent < n_jobs:
+        rest = stage_X.ctypes.data + n_sent * stage_stride
+        read_queued(
+            handle, fd_J[n_sent:n_jobs], offset_J[n_sent:], asked_J[n_sent:], needed_J[n_sent:], rest, stage_stride,
+            request_DQ, pointer_D, event_DE, status,
+        )  # fmt: skip
+        status[1] += n_sent
+    if status[0] != OK:
+        return
+    if sums_P.shape[0] > 0:
+        bad = first_bad_read(stage_X, stage_stride, offset_J, asked_J, n_jobs, pages_at, sums_P)
+        if bad >= 0:
+            status[0], status[1] = DAMAGED, bad
+            return
+    take_pieces(stage_X, stage_stride, piece_PX, job_N, within_N, out_UR)

@@ -66,6 +66,22 @@ def first_out_of_range(address_N, n_rows):
 
 
 @njit(nogil=True, cache=True)
+def distinct(address_N, row_N, index_N):
+    """Fill row_N with the different addresses, ascending, and index_N with each address's place there; returns how many.
+
+    As NumPy's unique with its inverse, without the interpreter: for the few rows of a decode step.
+    """
+    order_N = np.argsort(address_N, kind="mergesort")
+    u = -1
+    for n in order_N:
+        if u < 0 or row_N[u] != address_N[n]:
+            u += 1
+            row_N[u] = address_N[n]
+        index_N[n] = u
+    return u + 1
+
+
+@njit(nogil=True, cache=True)
 def gather(base_pointer, address_N, out_pointer, bytes_per_row):
     """Copy row address_N[i] of the table at `base_pointer` to row i at `out_pointer`. Addresses must be in range."""
     n = address_N.shape[0]

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import threading
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,11 +26,12 @@ from engram_lm.kernels import disk as kernels
 from engram_lm.kernels import rows as row_kernels
 from engram_lm.tables.format import PAGE, damaged_rows, read_checksums_of
 from engram_lm.tables.layout import Layout, Segment
-from engram_lm.tables.store import Store
+from engram_lm.tables.store import Store, decode
 
 logger = logging.getLogger(__name__)
 
 DEPTH = 64  # reads in flight; a virtual disk gave no more beyond it
+AHEAD = 256  # rows that `begin` sends in one system call; larger gathers are left to a thread
 STAGE_BYTES = 16 << 20  # what one round of reads may hold before its rows are taken out
 
 
@@ -44,6 +46,8 @@ class DiskStore(Store):
     def __init__(self, layout: Layout, *, depth: int = DEPTH, direct: bool = True) -> None:
         self._files: dict[Path, int] = {}
         self._idle: list[_Reader] = []
+        self._idle_ahead: list[_Reader] = []
+        self._begun: weakref.WeakSet[_Begun] = weakref.WeakSet()
         # process ids, one for every gather under way; a child inherits its parent's, which are none of its own
         self._busy: list[int] = []
         self._changed = threading.Condition()
@@ -113,9 +117,10 @@ class DiskStore(Store):
             files, self._files = self._files, {}
             # a descriptor closed under a read could be another file's by the next one
             self._changed.wait_for(lambda: os.getpid() not in self._busy)
-            idle, self._idle = self._idle, []
-        for reader in idle:
-            reader.close()
+            idle, self._idle, self._idle_ahead = [*self._idle, *self._idle_ahead], [], []
+            begun = list(self._begun)
+        for holder in (*idle, *begun):
+            holder.close()
         for handle in files.values():
             os.close(handle)
 
@@ -147,9 +152,39 @@ class DiskStore(Store):
                 self._busy.remove(pid)
                 self._changed.notify_all()
 
+    def begin(self, address: np.ndarray) -> "_Begun | None":
+        address_N = address.reshape(-1)
+        if not self.direct or not 0 < len(address_N) * len(self.layout.segments) <= AHEAD:
+            return None
+        row_N, index_N = np.empty((2, len(address_N)), np.int64)
+        row_U = row_N[: row_kernels.distinct(address_N, row_N, index_N)]
+        with self._changed:
+            files = self._files
+            reader = self._idle_ahead.pop() if self._idle_ahead else None
+        if not files:
+            return None
+        if reader is None or reader.pid != os.getpid():
+            reader = _Reader(self, depth=AHEAD)
+        if reader.queue is None:
+            return None
+        (pieces,) = self._rounds(row_U)
+        begun = _Begun(self, reader, row_U, index_N, pieces, _piece_table(pieces, files))
+        self._begun.add(begun)
+        return begun
+
+    def give_back(self, reader: "_Reader", reads: int, bytes_read: int) -> None:
+        """A reader that `begin` took is free again."""
+        with self._changed:
+            self._idle_ahead.append(reader)
+            self.reads += reads
+            self.bytes_read += bytes_read
+
     def _rounds(self, row_U: np.ndarray) -> Iterator[list["_Piece"]]:
         """What is read at a time: rows of as many segments as the stage holds, so that reads of all of them overlap."""
         per_round = max(1, STAGE_BYTES // self.most_read)
+        if len(self.layout.segments) == 1 and 0 < len(row_U) <= per_round:
+            yield [_Piece(self.layout.segments[0], 0, len(row_U))]
+            return
         pieces, room = [], per_round
         for segment in self.layout.segments:
             start, last = row_U.searchsorted((segment.first_row, segment.first_row + segment.n_rows)).tolist()
@@ -171,23 +206,7 @@ class DiskStore(Store):
         row_U: np.ndarray,
         out_UR: np.ndarray,
     ) -> None:
-        piece_PX = np.array(
-            [
-                (
-                    start,
-                    end,
-                    s.offset,
-                    s.first_row,
-                    s.stride,
-                    s.group,
-                    s.group_stride,
-                    s.n_bytes,
-                    s.at,
-                    files[s.path],
-                )
-                for s, start, end in pieces
-            ]
-        )
+        piece_PX = _piece_table(pieces, files)
         n, status = sum(piece.end - piece.start for piece in pieces), np.zeros(3, np.int64)
         n_jobs, offset_J, asked_J = reader.run(row_U, piece_PX, n, out_UR, status)
         if status[0] == kernels.DAMAGED:
@@ -197,6 +216,88 @@ class DiskStore(Store):
         with self._changed:
             self.reads += n_jobs
             self.bytes_read += int(asked_J[:n_jobs].sum())
+
+
+def _piece_table(pieces: list["_Piece"], files: dict[Path, int]) -> np.ndarray:
+    """int64 [P, 10], as `kernels.disk.plan_pieces` takes it."""
+    return np.array(
+        [
+            (
+                start,
+                end,
+                s.offset,
+                s.first_row,
+                s.stride,
+                s.group,
+                s.group_stride,
+                s.n_bytes,
+                s.at,
+                files[s.path],
+            )
+            for s, start, end in pieces
+        ]
+    )
+
+
+class _Begun:
+    """Reads under way in a queue of their own. Dropped, it waits for them: the system writes to its stage until then."""
+
+    def __init__(
+        self,
+        store: DiskStore,
+        reader: "_Reader",
+        row_U: np.ndarray,
+        index_N: np.ndarray,
+        pieces: list["_Piece"],
+        piece_PX: np.ndarray,
+    ) -> None:
+        self._store, self._reader = store, reader
+        self._row_U, self._index_N, self._pieces, self._piece_PX = row_U, index_N, pieces, piece_PX
+        n = sum(piece.end - piece.start for piece in pieces)
+        self._jobs = np.empty((6, n), np.int64)
+        self._stage_X = reader.stage(n * reader.most_read)
+        self._sent = np.zeros(3, np.int64)
+        kernels.begin_pieces(
+            reader.queue,
+            row_U,
+            piece_PX,
+            self._stage_X,
+            *self._jobs,
+            reader.request_DQ,
+            reader.pointer_D,
+            self._sent,
+        )
+
+    def finish(self, out: np.ndarray, dtype: str) -> None:
+        reader, self._reader = self._reader, None
+        if reader is None or reader.queue is None or reader.pid != os.getpid():
+            raise CheckpointError(
+                f"{self._store.name}: these reads were finished, closed or another process's."
+            )
+        record_UR = np.empty((len(self._row_U), self._store.record_bytes), np.uint8)
+        status = np.zeros(3, np.int64)
+        kernels.finish_pieces(
+            reader.queue, self._sent, self._piece_PX, reader.pages_at, reader.sums, self._stage_X, *self._jobs,
+            reader.request_DQ, reader.pointer_D, reader.event_DE, record_UR, status,
+        )  # fmt: skip
+        if status[0] == kernels.BROKEN:
+            reader.queue = None
+        if status[0] == kernels.DAMAGED:
+            raise damaged_rows(self._store.layout, int(status[1]))
+        if status[0] != kernels.OK:
+            at = int(self._jobs[1][status[1]])
+            raise _failure(self._pieces, self._row_U, self._piece_PX, at, status)
+        n_jobs = int(self._sent[0])
+        self._store.give_back(reader, n_jobs, int(self._jobs[2][:n_jobs].sum()))
+        decode(self._store, record_UR, self._index_N, out, dtype)
+
+    def close(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def _failure(
@@ -228,8 +329,8 @@ class _Piece(NamedTuple):
 class _Reader:
     """What one thread needs to read: a queue, request blocks and a page-aligned stage."""
 
-    def __init__(self, store: DiskStore) -> None:
-        self.depth, self.pid = store.depth, os.getpid()
+    def __init__(self, store: DiskStore, *, depth: int | None = None) -> None:
+        self.depth, self.pid = depth or store.depth, os.getpid()
         self.most_read, self.pages_at, self.sums = store.most_read, store.layout.pages_at, store.sums
         self.queue: int | None = None
         self.threads: ThreadPoolExecutor | None = None

@@ -8,7 +8,7 @@ read, and a damaged row raises CheckpointError.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -56,6 +56,10 @@ class Store:
         decode(self, record_UR, index_N.reshape(-1), out, dtype)
         return out
 
+    def begin(self, address: np.ndarray) -> "Begun | None":
+        """Send the reads of a small gather and return at once; None where this store cannot. Addresses are in range."""
+        return None
+
     def require_in_range(self, address_N: np.ndarray) -> None:
         """AddressError for the first address outside."""
         bad = row_kernels.first_out_of_range(address_N, self.n_rows)
@@ -66,6 +70,13 @@ class Store:
 
     def close(self) -> None:
         """Give back files and memory; reading afterwards is an error."""
+
+
+class Begun(Protocol):
+    """A gather whose reads are on their way, without a thread that waits for them."""
+
+    def finish(self, out: np.ndarray, dtype: str) -> None:
+        """Wait for the reads and fill `out`, once. Whatever failed raises; a gather may be tried then."""
 
 
 class HostStore(Store):

@@ -21,7 +21,7 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError, ConfigError, RowUpdateError, StateError
 from engram_lm.tables.gradients import RowGradients
 from engram_lm.tables.rules import RowRule
-from engram_lm.tables.store import Store
+from engram_lm.tables.store import Begun, Store
 
 logger = logging.getLogger(__name__)
 
@@ -83,9 +83,17 @@ class StoredTable:
             out = self._empty((*address.shape, self.width))
         elif out.dtype != self.dtype:
             raise ConfigError(f"out must be {self.dtype}; got {out.dtype}.")
-        array = out.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else out.numpy()
-        self.store.gather(address.detach().to("cpu").numpy(), out=array, dtype=_OUT[self.dtype])
+        self.store.gather(address.detach().to("cpu").numpy(), out=self._array(out), dtype=_OUT[self.dtype])
         return out
+
+    def finish(self, begun: Begun, shape: tuple[int, ...]) -> Tensor:
+        """The rows [*shape, width] of a gather that the store began."""
+        out = self._empty((*shape, self.width))
+        begun.finish(self._array(out), _OUT[self.dtype])
+        return out
+
+    def _array(self, out: Tensor) -> np.ndarray:
+        return out.view(torch.uint16).numpy() if self.dtype == torch.bfloat16 else out.numpy()
 
     def _empty(self, shape: tuple[int, ...]) -> Tensor:
         """Memory for rows: pinned where this process uses a GPU, so that a copy to it runs while the CPU goes on."""
@@ -101,10 +109,17 @@ class StoredTable:
         return torch.empty(shape, dtype=self.dtype)
 
     def prefetch(self, address: Tensor) -> "StoredTicket":
-        """Begin a gather in the background and return its ticket. Addresses outside raise now."""
+        """Begin a gather and return its ticket. Addresses outside raise now.
+
+        A few rows of a disk are sent for in one system call; more are gathered by a thread, which has to take turns with
+        this one for the interpreter: that cost a decode step a millisecond.
+        """
         address = address.detach().to("cpu")
-        self.store.require_in_range(np.ascontiguousarray(address.numpy(), np.int64).reshape(-1))
-        return StoredTicket(self, address, self._workers().submit(self.gather, address))
+        array = np.ascontiguousarray(address.numpy(), np.int64)
+        self.store.require_in_range(array.reshape(-1))
+        begun = self.store.begin(array)
+        future = None if begun is not None else self._workers().submit(self.gather, address)
+        return StoredTicket(self, address, future, begun)
 
     def _workers(self) -> ThreadPoolExecutor:
         with self._lock:
@@ -154,17 +169,20 @@ class StoredTable:
 class StoredTicket:
     """A gather under way."""
 
-    def __init__(self, table: StoredTable, address: Tensor, future: Future) -> None:
-        self._table, self._address, self._future = table, address, future
+    def __init__(
+        self, table: StoredTable, address: Tensor, future: Future | None, begun: Begun | None
+    ) -> None:
+        self._table, self._address, self._future, self._begun = table, address, future, begun
 
     def rows(self) -> Tensor:
         """The rows `gather` would return now."""
-        table, future, self._future = self._table, self._future, None
-        if future is None:  # asked for before: gradient checkpointing runs a block twice
+        table, future, begun = self._table, self._future, self._begun
+        self._future = self._begun = None
+        if future is None and begun is None:  # asked for before: gradient checkpointing runs a block twice
             return table.gather(self._address)
         started = time.perf_counter()
         try:
-            rows = future.result()
+            rows = future.result() if begun is None else table.finish(begun, self._address.shape)
         except Exception as error:  # whatever it was: if it lasts, the gather raises it again
             logger.warning("A prefetch of %s failed (%r); reading again.", table.store.name, error)
             rows = table.gather(self._address)
