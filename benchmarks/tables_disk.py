@@ -175,9 +175,9 @@ def generation(directory, *, steps, blocks=(1, 2, 4, 7), batches=(1, 8, 64), row
             found.append(row)
             with_it, without = (row[name]["added_share"] for name in ("disk", "disk, no prefetch"))
             print(
-                f"  generation, memory before block {block}, batch {batch:2}: {1e3 * row['memory']['median_s']:.1f} ms; from disk "
-                f"{100 * with_it['median']:+.1f} % ({100 * with_it['low']:+.1f} to {100 * with_it['high']:+.1f}), without "
-                f"prefetch {100 * without['median']:+.1f} %, waited {row['waited_ms_a_step']:.2f} ms",
+                f"  generation, memory before block {block}, batch {batch:2}: {1e3 * row['memory']['median_s']:.1f} ms; "
+                f"from disk {100 * with_it['median']:+.1f} % ({100 * with_it['low']:+.1f} to {100 * with_it['high']:+.1f}), "
+                f"without prefetch {100 * without['median']:+.1f} %, waited {row['waited_ms_a_step']:.2f} ms",
                 flush=True,
             )
         path.unlink()
