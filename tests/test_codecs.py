@@ -229,6 +229,7 @@ def every_code_and_scale() -> np.ndarray:
     return np.array([[*c, *s] for c, s in pairs], np.uint8)
 
 
+@pytest.mark.slow
 def test_every_code_and_scale_goes_through_a_file_byte_for_byte(tmp_path):
     records = every_code_and_scale()
     path = tmp_path / "v41.engram"
