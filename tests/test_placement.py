@@ -187,6 +187,8 @@ def test_a_ticket_may_be_asked_twice_and_addresses_outside_raise_at_once(tmp_pat
     first = ticket.rows()
     assert torch.equal(first.view(torch.int16), ticket.rows().view(torch.int16))
     assert torch.equal(first.view(torch.int16), table.gather(address).view(torch.int16))
+    with pytest.raises(AddressError, match="Addresses are int64; got float32"):
+        table.prefetch(torch.tensor([1.5]))
     with pytest.raises(AddressError, match="Address 9 at place 1 is outside"):
         table.prefetch(torch.tensor([0, 9]))
 

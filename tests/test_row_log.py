@@ -156,6 +156,28 @@ def test_training_goes_on_from_a_folded_base_and_its_states_as_if_nothing_had_ha
         LoggedTable.open(**files, state=tmp_path / "new.state.engram", rule=rule_from_json("row-rmsprop"))
 
 
+def test_a_fold_that_was_killed_goes_on_only_where_the_log_still_says_the_same(tmp_path):
+    base_file(tmp_path / "t.engram")
+    table = LoggedTable.open(tmp_path / "t.engram", tmp_path / "t.rows")
+    step(table, 0)
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            table.store.fold(tmp_path / "new.engram", report=stop)
+    step(table, 1)
+    with pytest.raises(CheckpointError, match="holds part of another table"):
+        table.store.fold(tmp_path / "new.engram")
+    (tmp_path / "new.engram.partial").unlink()
+    table.store.fold(tmp_path / "new.engram")
+    folded = HostStore.load(open_packed(tmp_path / "new.engram")).gather(np.arange(ROWS))
+    assert np.array_equal(folded, everything(table).numpy())
+    with pytest.raises(CheckpointError, match="is the base of this log, which never changes"):
+        table.store.fold(tmp_path / "t.engram")
+
+
 def test_another_base_rule_or_writer_is_refused(tmp_path):
     base_file(tmp_path / "t.engram")
     base_file(tmp_path / "other.engram", rows=np.zeros((ROWS, WIDTH), np.float32))

@@ -132,6 +132,8 @@ def test_every_flipped_byte_is_refused(saved):
 def test_what_cannot_be_is_refused(tmp_path):
     with pytest.raises(TokenIdError, match="Token id 9 at place 1 of document 'x'"):
         Segment.build([[1, 9]], vocab_size=9, documents=[Document(id="x")])
+    with pytest.raises(TokenIdError, match="whole numbers; got float64"):
+        Segment.build([[1]], vocab_size=9).match([1.7])
     with pytest.raises(ConfigError, match="2 documents have 1 descriptions"):
         Segment.build([[1], [2]], vocab_size=9, documents=[Document(id="x")])
     with pytest.raises(CheckpointError, match="is missing"):

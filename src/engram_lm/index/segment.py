@@ -92,7 +92,10 @@ class Segment:
 
     def match(self, context: Sequence[int] | np.ndarray, *, max_order: int = MAX_ORDER) -> Match:
         """The longest suffix of `context` (token ids, oldest first) that occurs in a document, and every shorter one."""
-        context_K = np.ascontiguousarray(context, np.int64)
+        found = np.asarray(context)
+        if found.size and found.dtype.kind not in "iu":
+            raise TokenIdError(f"Token ids are whole numbers; got {found.dtype}.")
+        context_K = np.ascontiguousarray(found, np.int64)
         low_D, high_D = np.empty(max_order + 1, np.int64), np.empty(max_order + 1, np.int64)
         depth = search.walk(
             self.tokens, self.order, self.arrays["first"], context_K, max_order, self.end, low_D, high_D
@@ -257,7 +260,7 @@ class Segment:
         return segment
 
     def verify(self, path: Path, facts: dict[str, Any] | None = None) -> None:
-        """Check every section's checksum, and that no number points outside. CheckpointError names the section."""
+        """Check every section's checksum. CheckpointError names the section."""
         facts = facts or _read_facts(path)
         for name in _SECTIONS:
             flat = np.ascontiguousarray(self.arrays[name]).view(np.uint8).reshape(-1)

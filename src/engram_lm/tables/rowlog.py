@@ -95,7 +95,8 @@ class LoggedStore(Store):
                     f"{self.path} is the log of another base file, rule or format than {base.name} trained by "
                     f"{(rule or {}).get('name', 'no rule')}."
                 )
-            self.last_update = 0
+            self._first_link = struct.unpack("<Q", header[-8:])[0]
+            self.last_update, self._chain = 0, self._first_link
             self.position = self._replay(None)
         except BaseException:
             self.close()
@@ -119,7 +120,8 @@ class LoggedStore(Store):
 
     def _replay(self, until: int | None) -> int:
         """Read batches up to position `until` (default: as long as they are whole), cut the file there, map the rows."""
-        self._pairs, self._n_rows_logged, self.last_update = rowmap.empty(), 0, 0
+        self._pairs, self._n_rows_logged = rowmap.empty(), 0
+        self.last_update, self._chain = 0, self._first_link
         size, at = os.fstat(self._file).st_size, START
         while at < size and (until is None or at < until):
             head = os.pread(self._file, _BATCH.size, at)
@@ -136,7 +138,7 @@ class LoggedStore(Store):
             if row_U[0] < 0 or row_U[-1] >= self.n_rows or (np.diff(row_U) <= 0).any():
                 break
             self._map(row_U, at + _BATCH.size + 8 * count)
-            self.last_update = update
+            self.last_update, self._chain = update, _linked(self._chain, wanted)
             at += _BATCH.size + body_bytes
         if until is not None and at != until:
             raise CheckpointError(
@@ -221,7 +223,7 @@ class LoggedStore(Store):
                 raise
             self._map(row_U, self.position + _BATCH.size + 8 * len(row_U))
             self.position += _BATCH.size + len(body)
-            self.last_update = update
+            self.last_update, self._chain = update, _linked(self._chain, _BATCH.unpack(head)[3])
 
     def sync(self) -> int:
         """Make everything appended last; returns the position that a checkpoint names."""
@@ -244,12 +246,19 @@ class LoggedStore(Store):
         report: Callable[[int, int], None] | None = None,
     ) -> Header:  # fmt: skip
         """Write base and log as a new packed file, and the states beside it; the log stays as it is."""
-        source = read_header(self.base.layout.segments[0].path)
+        base = self.base.layout.segments[0].path
+        if Path(path).resolve() == base.resolve():
+            raise CheckpointError(
+                f"{path} is the base of this log, which never changes; fold into another file."
+            )
+        source = read_header(base)
+        # what a killed fold left is continued only where the log still says the same
+        made_by = f"engram-lm, log {self._chain:016x}"
         with contextlib.ExitStack() as stack:
             rows = stack.enter_context(
                 Writer(
                     path, n_rows=self.n_rows, width=self.width, codec=self.codec.name, identity=self.identity,
-                    note=note or source.note,
+                    made_by=made_by, note=note or source.note,
                 )
             )  # fmt: skip
             states = None
@@ -260,6 +269,7 @@ class LoggedStore(Store):
                         n_rows=self.n_rows,
                         width=_words(self.state_bytes) // 4,
                         codec="fp32",
+                        made_by=made_by,
                         note="row state",
                     )
                 )
@@ -301,6 +311,11 @@ def _words(n_bytes: int) -> int:
 def _header_of(store: DiskStore) -> bytes:
     with open(store.layout.segments[0].path, "rb") as file:
         return file.read(store.layout.pages_at)
+
+
+def _linked(chain: int, batch: int) -> int:
+    """A hash of all batches so far, from that of the ones before and the newest's."""
+    return int(checks.xxh64(np.frombuffer(struct.pack("<QQ", chain, batch), np.uint8)))
 
 
 def _batch_hash(head: bytes, body: bytes) -> int:

@@ -46,7 +46,7 @@ class Store:
 
     def gather(self, address: Any, *, out: np.ndarray | None = None, dtype: str = "fp32") -> np.ndarray:
         """Rows [..., width] at int64 addresses [...]; `out` is filled and returned where given."""
-        address = _int64(address)
+        address = int64(address)
         address_N = address.reshape(-1)
         self.require_in_range(address_N)
         out = _output(out, (*address.shape, self.width), dtype, self.name)
@@ -132,7 +132,7 @@ class HostStore(Store):
         return record_RB
 
     def gather(self, address: Any, *, out: np.ndarray | None = None, dtype: str = "fp32") -> np.ndarray:
-        address = _int64(address)
+        address = int64(address)
         address_N = address.reshape(-1)
         self.require_in_range(address_N)
         out = _output(out, (*address.shape, self.width), dtype, self.name)
@@ -194,7 +194,7 @@ def _copy_run(
     record_NR[:, segment.at : segment.at + segment.n_bytes] = rows
 
 
-def _int64(address: Any) -> np.ndarray:
+def int64(address: Any) -> np.ndarray:
     """Whole numbers as contiguous int64; none is cut to one."""
     found = np.asarray(address)
     if found.size and found.dtype.kind not in "iu":

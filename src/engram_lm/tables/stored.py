@@ -21,7 +21,7 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError, ConfigError, RowUpdateError, StateError
 from engram_lm.tables.gradients import RowGradients
 from engram_lm.tables.rules import RowRule
-from engram_lm.tables.store import Begun, Store
+from engram_lm.tables.store import Begun, Store, int64
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class StoredTable:
         this one for the interpreter: that cost a decode step a millisecond.
         """
         address = address.detach().to("cpu")
-        array = np.ascontiguousarray(address.numpy(), np.int64)
+        array = int64(address.numpy())
         self.store.require_in_range(array.reshape(-1))
         begun = self.store.begin(array)
         future = None if begun is not None else self._workers().submit(self.gather, address)
@@ -140,7 +140,7 @@ class StoredTable:
     ) -> None:
         """Refused: see `tables.device` for host memory that trains."""
         raise RowUpdateError(
-            f"The rows of {self.store.name} are read only. Train them on tier 'device' or 'disk-log'."
+            f"The rows of {self.store.name} are read only. Train them on tier 'device', or on disk as a LoggedTable."
         )
 
     def checkpoint(self) -> dict[str, Tensor]:
