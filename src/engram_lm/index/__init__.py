@@ -1,9 +1,38 @@
 """Exact N-gram memory of documents: sorted token streams in which every context, of any length, is found at once.
 
 Not the paper's tables: nothing is learned, and a document is known as soon as it is in. It knows wording, not meaning.
-So far there are segments alone (`index.segment`, docs/index.md); the store around them is to come.
+Segments (`index.segment`, docs/index.md) hold documents, a store (`index.store`, docs/store.md) is a directory of them.
 
+    with Store.create("notes", vocab_size=49_152, tokenizer=fingerprint) as store:
+        store.add([("a.txt", [5, 9, 2, 7])])
+        store.snapshot().longest([5, 9])    # (2, tokens, counts)
     segment = Segment.build([[5, 9, 2], [9, 2, 7]], vocab_size=10)
     match = segment.match([5, 9, 2])        # depth 3; intervals of the last 0, 1, 2 and 3 tokens
     segment.continuations(match, 2)         # tokens and counts that followed "9 2"
 """
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "Document": "segment",
+    "PurgeReport": "purging",
+    "Segment": "segment",
+    "Snapshot": "snapshot",
+    "Stats": "store",
+    "Store": "store",
+    "VerifyReport": "checking",
+    "View": "snapshot",
+}
+
+__all__ = [*_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engram_lm.index' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"engram_lm.index.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,309 @@
+"""Changes of an index by its one writer: each is one generation, on disk when it returns (docs/store.md).
+
+    writer = Writer(opened, lock)
+    writer.update("public", add=[("a.txt", [5, 9, 2], "notes")], delete=["b.txt"], replace="no", missing="error")
+
+Building and sorting run outside the lock that changes share; what they made becomes known in `commit`.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.index import durable
+from engram_lm.index.locking import WriterLock
+from engram_lm.index.manifest import MANIFEST, Entry, Manifest, Mask, mask_name, seal, segment_name
+from engram_lm.index.masks import mask_to_bytes
+from engram_lm.index.opened import Opened, sealed
+from engram_lm.index.segment import Document, Segment
+from engram_lm.index.snapshot import dead_ranks
+
+SEGMENT_TOKENS = 2**26  # an add of more becomes several segments
+MOST_ID = 4096
+
+Tokens = Sequence[int] | np.ndarray
+Item = tuple[str, Tokens] | tuple[str, Tokens, str] | tuple[Document, Tokens]
+Tenants = dict[str, tuple[Entry, ...]]
+
+
+@dataclass
+class Files:
+    """Files that a change has written so far; a change that fails removes them."""
+
+    paths: list[Path] = field(default_factory=list)
+
+    def remove(self) -> None:
+        for path in self.paths:
+            with contextlib.suppress(OSError):
+                durable.remove(path)
+
+
+class Writer:
+    """The lock on a directory, the newest generation, and the next file's number.
+
+    changing: held while a generation is worked out and committed; wait on it for merges to end.
+    busy: numbers of segments that a merge is reading.
+    """
+
+    def __init__(self, opened: Opened, lock: WriterLock) -> None:
+        self.opened, self.lock, self.directory = opened, lock, opened.directory
+        self.changing = threading.Condition(threading.RLock())
+        self.busy: set[int] = set()
+        self.unknown = ""
+        self._next = self.manifest.next
+        self._remove_leftovers()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.opened.manifest
+
+    def _remove_leftovers(self) -> None:
+        """Files of changes that never came to be."""
+        kept = self.manifest.files()
+        for path in self.directory.iterdir():
+            if is_ours(path.name) and path.name not in kept:
+                with contextlib.suppress(OSError):
+                    durable.remove(path)
+
+    def require_writing(self) -> None:
+        """CheckpointError where no change may be made."""
+        self.lock.require_held()
+        if self.unknown:
+            raise CheckpointError(self.unknown)
+
+    def new_number(self) -> int:
+        """Of the next file; no other file ever gets it."""
+        with self.changing:
+            self._next += 1
+            return self._next - 1
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[Files]:
+        """Around everything that writes files for one generation."""
+        files = Files()
+        try:
+            yield files
+        except BaseException:
+            # where the rename's fate is unknown the new manifest may name them
+            if not self.unknown:
+                files.remove()
+            raise
+
+    # ---- one generation -----------------------------------------------------------------------------------------------
+
+    def commit(self, tenants: Tenants) -> int:
+        """Make these segments the newest generation; its number. Its files must be on disk. Call with `changing` held."""
+        self.require_writing()
+        old, path = self.manifest, self.directory / MANIFEST
+        if not self.opened.is_newest:
+            raise CheckpointError(
+                f"{path} was replaced by another process than its writer. Open the index again."
+            )
+        kept = {name: entries for name, entries in tenants.items() if entries}
+        manifest = replace(old, generation=old.generation + 1, next=self._next, tenants=kept)
+        beside = self.directory / f"{MANIFEST}.new"
+        file = durable.write_synced(beside, manifest.to_bytes())
+        try:
+            os.replace(beside, path)
+            durable.sync_directory(self.directory)
+        except BaseException as error:
+            renamed = durable.same_file(path, file)
+            os.close(file)
+            if renamed:
+                self.unknown = f"{path} was replaced, but whether that will last is not known ({error}). Open the index again."
+            else:
+                with contextlib.suppress(OSError):
+                    durable.remove(beside)
+            if isinstance(error, OSError):
+                raise CheckpointError(
+                    self.unknown or f"{path} cannot be replaced: {error.strerror}."
+                ) from None
+            raise
+        self.opened.go_to(manifest, file)
+        for name in old.files() - manifest.files():
+            with contextlib.suppress(OSError):
+                durable.remove(self.directory / name)
+        return manifest.generation
+
+    def update(
+        self,
+        tenant: str,
+        *,
+        add: Iterable[Item],
+        delete: Iterable[str],
+        replace: Literal["no", "yes"],
+        missing: Literal["error", "ignore"],
+    ) -> int:
+        """Delete documents and add others, in one generation."""
+        for name, value, known in (
+            ("replace", replace, ("no", "yes")),
+            ("missing", missing, ("error", "ignore")),
+        ):
+            if value not in known:
+                raise ConfigError(f"{name} is one of {', '.join(map(repr, known))}; got {value!r}.")
+        delete = [delete] if isinstance(delete, str) else list(delete)
+        self.require_writing()
+        with self.change() as files:
+            added, entries = set[str](), []
+            for segment, ids in self._segments(tenant, add, delete, replace, added):
+                entries.append(self.save(segment, files))
+                added |= ids
+            with self.changing:
+                present = self.manifest.tenants.get(tenant, ())
+                dead = self.to_delete(tenant, present, delete, missing)
+                for id in added:
+                    place = self.find(present, id)
+                    if place is not None and place[1] not in dead.get(place[0].number, ()):
+                        if replace == "no":
+                            raise _duplicate(id, tenant)
+                        dead.setdefault(place[0].number, set()).add(place[1])
+                if not dead and not entries:
+                    return self.manifest.generation
+                present = tuple(self.masked(entry, dead.get(entry.number, ()), files) for entry in present)
+                kept = tuple(entry for entry in present if entry.dead_documents < entry.documents)
+                return self.commit({**self.manifest.tenants, tenant: (*kept, *entries)})
+
+    # ---- adding -------------------------------------------------------------------------------------------------------
+
+    def _segments(
+        self, tenant: str, add: Iterable[Item], delete: Sequence[str], replace: str, added: set[str]
+    ) -> Iterator[tuple[Segment, set[str]]]:
+        """The documents to add, some at a time. A duplicate that is there already is refused before anything is sorted."""
+        going, now = set(delete), time.time()
+        ids, facts, lists, total = set[str](), [], [], 0
+        for item in add:
+            document, tokens = described(item, now)
+            if document.id in ids or document.id in added:
+                raise ConfigError(
+                    f"The document {document.id!r} is there twice in one add. Give each its own id."
+                )
+            if replace == "no" and document.id not in going and self.locate(tenant, document.id) is not None:
+                raise _duplicate(document.id, tenant)
+            ids.add(document.id)
+            facts.append(document)
+            lists.append(tokens)
+            total += len(tokens) + 1
+            if total >= SEGMENT_TOKENS:
+                yield self.build(lists, facts), ids
+                ids, facts, lists, total = set(), [], [], 0
+        if facts:
+            yield self.build(lists, facts), ids
+
+    def build(self, lists: Sequence[Tokens], documents: Sequence[Document]) -> Segment:
+        manifest = self.manifest
+        return Segment.build(
+            lists, vocab_size=manifest.vocab_size, tokenizer=manifest.tokenizer, documents=documents
+        )
+
+    def save(self, segment: Segment, files: Files) -> Entry:
+        """Write and sync a segment under a new number; its name in the directory is synced by `commit`."""
+        number = self.new_number()
+        path = self.directory / segment_name(number)
+        files.paths.append(path)
+        segment.save(path, sync="file")
+        return sealed(path, number, segment)
+
+    # ---- deleting -----------------------------------------------------------------------------------------------------
+
+    def find(self, entries: Sequence[Entry], document_id: str) -> tuple[Entry, int] | None:
+        """Where a live document is: its segment and its number there."""
+        for entry in reversed(entries):
+            number = self.opened.segment(entry).number_of(document_id)
+            if number >= 0 and number not in self.opened.view(entry).dead_documents:
+                return entry, number
+        return None
+
+    def locate(self, tenant: str, document_id: str) -> tuple[Entry, int] | None:
+        with self.changing:
+            return self.find(self.manifest.tenants.get(tenant, ()), document_id)
+
+    def to_delete(
+        self, tenant: str, entries: Sequence[Entry], delete: Sequence[str], missing: str
+    ) -> dict[int, set[int]]:
+        """Numbers of these documents, by segment. ConfigError names one that is not there, unless `missing` is "ignore"."""
+        dead: dict[int, set[int]] = {}
+        unknown = []
+        for id in dict.fromkeys(delete):
+            place = self.find(entries, id)
+            if place is None:
+                unknown.append(id)
+            else:
+                dead.setdefault(place[0].number, set()).add(place[1])
+        if unknown and missing == "error":
+            more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+            raise ConfigError(
+                f"There is no document {unknown[0]!r}{more} in the tenant {tenant!r} (never added, or deleted already). "
+                'Nothing was deleted; missing="ignore" passes over such ids.'
+            )
+        return dead
+
+    def masked(self, entry: Entry, numbers: Iterable[int], files: Files) -> Entry:
+        """The entry with these live documents deleted as well; its new mask is on disk."""
+        more = sorted(numbers)
+        if not more:
+            return entry
+        view = self.opened.view(entry)
+        segment = view.segment
+        documents = np.union1d(np.fromiter(view.dead_documents, np.int64), np.array(more, np.int64))
+        if len(documents) == entry.documents:
+            # nobody will read it: the segment goes with this generation
+            return replace(
+                entry, mask=Mask(number=0, documents=entry.documents, tokens=entry.tokens, seal="")
+            )
+        rank = np.concatenate([view.dead_rank, dead_ranks(segment, more)])
+        rank.sort(kind="stable")
+        number = self.new_number()
+        path = self.directory / mask_name(number)
+        data = mask_to_bytes(entry.number, documents, rank)
+        files.paths.append(path)
+        os.close(durable.write_synced(path, data))
+        return replace(
+            entry, mask=Mask(number=number, documents=len(documents), tokens=len(rank), seal=seal(data))
+        )
+
+
+def described(item: Item, now: float) -> tuple[Document, Tokens]:
+    """A document's facts and tokens, from what `add` takes."""
+    wanted = "A document is (id, tokens), (id, tokens, source) or (Document, tokens)"
+    if not isinstance(item, tuple | list) or not 2 <= len(item) <= 3:
+        raise ConfigError(f"{wanted}; got {type(item).__name__} {str(item)[:60]!r}.")
+    first, tokens, source = item[0], item[1], item[2] if len(item) == 3 else ""
+    if isinstance(first, Document) and len(item) == 2:
+        document = first if first.added else replace(first, added=now)
+    elif isinstance(first, str) and isinstance(source, str):
+        document = Document(id=first, source=source, added=now)
+    else:
+        raise ConfigError(
+            f"{wanted}; got an id of {type(first).__name__} and a source of {type(source).__name__}."
+        )
+    if not 0 < len(document.id) <= MOST_ID:
+        raise ConfigError(
+            f"A document's id has 1 to {MOST_ID:,} characters; {document.id[:30]!r} has {len(document.id):,}."
+        )
+    if isinstance(tokens, str | bytes):
+        raise ConfigError(
+            f"The document {document.id!r} is text; the index takes token ids. Tokenize it first."
+        )
+    return document, tokens
+
+
+def _duplicate(document_id: str, tenant: str) -> ConfigError:
+    return ConfigError(
+        f'The document {document_id!r} is in the tenant {tenant!r} already. Delete it first, or add with replace="yes".'
+    )
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a directory is a segment, a mask, or one being written."""
+    stem, _, suffix = name.lstrip(".").partition(".")
+    return name == f"{MANIFEST}.new" or (
+        len(stem) == 12 and stem.isdigit() and suffix.split(".")[0] in ("segment", "mask")
+    )
