@@ -1,15 +1,14 @@
 """Segments of the index against counting by hand: every context, every order, every continuation."""
 
-import json
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
-from engram_lm.index import plain
-from engram_lm.index.segment import Document, Segment, sha256_of
+from engram_lm.index import plain, segment_file
+from engram_lm.index import segment as segment_module
+from engram_lm.index.segment import Document, Segment, sha256_of, write_segment
 
 VOCAB = 6
 
@@ -96,7 +95,7 @@ def saved(tmp_path):
 
 def test_a_file_gives_the_same_answers(saved):
     segment, path = saved
-    opened = Segment.open(path, verify=True)
+    opened = Segment.open(path, verify="all")
     assert (opened.vocab_size, opened.tokenizer, opened.heavy) == (40, "fingerprint", 20)
     assert len(segment.arrays["node_low"]) > 5
     for name, array in segment.arrays.items():
@@ -109,24 +108,164 @@ def test_a_file_gives_the_same_answers(saved):
 def test_every_flipped_byte_is_refused(saved):
     _, path = saved
     data = path.read_bytes()
-    facts = json.loads(data[24 : data.index(b"\0", 24)])
-    inside = {
-        place
-        for section in facts["sections"].values()
-        for place in range(
-            section["at"], section["at"] + section["count"] * np.dtype(section["dtype"]).itemsize, 97
-        )
-    }
-    for place in sorted({*range(0, 400, 3), *inside}):
+    facts, _ = segment_file.read(path, verify="none")
+    assert len(data) == facts.file_bytes
+    places = list(facts.places())
+    inside = {place for _, at, n_bytes in places for place in range(at, at + n_bytes, 97)}
+    for place in sorted({*range(0, 312, 3), *inside}):
         flipped = bytearray(data)
         flipped[place] ^= 1
         path.write_bytes(flipped)
         with pytest.raises(CheckpointError):
-            Segment.open(path, verify=True)
-    for size in (0, 10, 24, 4096, len(data) // 2, len(data) - 4096):
-        path.write_bytes(data[:size])
+            Segment.open(path)
+    for size in (0, 10, 24, 320, len(data) // 2, len(data) - 64, len(data) + 64):
+        path.write_bytes(data[:size].ljust(size, b"\0"))
         with pytest.raises(CheckpointError):
             Segment.open(path)
+
+
+# ---- hostile files: every checksum is right, the numbers are not -----------------------------------------------------------
+
+
+def forged(path, segment, **changed):
+    """The segment with some sections replaced."""
+    with segment_file.SegmentFile.create(path, vocab_size=segment.vocab_size, wide=segment.wide) as file:
+        for name in segment_file.SECTIONS:
+            file.put(name, changed.get(name, segment.arrays[name]))
+        file.finish(heavy=segment.heavy, sync="none")
+
+
+HOSTILE = [
+    ("tokens", 5, 41), ("order", 7, 1606), ("order", 7, 2**32 - 1), ("next", 3, 41), ("first_token", -1, 40),
+    ("first_token", 3, 2), ("first_at", 4, 0), ("first_at", -1, 1606), ("node_low", 2, 1606), ("node_high", 2, 1607),
+    ("node_at", 0, 1), ("node_at", 3, 2**31), ("node_at", -1, 2**31), ("node_token", 0, 41), ("document_at", 0, 1),
+    ("document_at", 1, 0), ("document_at", -1, 1607), ("document_line", 1, 2**63), ("document_line", -1, 3),
+    ("document_by_id", 1, 3), ("tokens", 700, 0), ("tokens", 12, 40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "place", "number"), HOSTILE)
+def test_a_hostile_number_is_refused(saved, name, place, number):
+    segment, path = saved
+    array = segment.arrays[name].copy()
+    assert len(segment) == 1606
+    array[place] = number
+    forged(path, segment, **{name: array})
+    with pytest.raises(CheckpointError, match="damaged"):
+        Segment.open(path)
+
+
+def test_sections_of_a_wrong_length_are_refused(saved):
+    segment, path = saved
+    for name in set(segment_file.SECTIONS) - {"tokenizer", "tokens", "node_token", "documents"}:
+        forged(path, segment, **{name: segment.arrays[name][:-1]})
+        with pytest.raises(CheckpointError, match="damaged"):
+            Segment.open(path, verify="none")
+
+
+def test_a_line_of_a_document_holds_what_it_should(saved):
+    segment, path = saved
+    for line in (
+        b'{"id": 7}\n',
+        b'{"id": "a", "price": 2}\n',
+        b"[]\n",
+        b"{\n",
+        b'{"id": "a", "extra": {"b": 1}}\n',
+    ):
+        forged(
+            path, segment, documents=np.frombuffer(line * 3, np.uint8), document_line=len(line) * np.arange(4)
+        )
+        opened = Segment.open(path)
+        with pytest.raises(CheckpointError, match="line is damaged"):
+            opened.document(1)
+
+
+def test_a_large_file_is_mapped_and_verified_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_file, "SMALL_BYTES", 1000)
+    rng = np.random.default_rng(3)
+    segment = Segment.build([rng.integers(0, 900, 500) for _ in range(4)], vocab_size=900)
+    path = segment.save(tmp_path / "one.segment")
+    data = bytearray(path.read_bytes())
+    data[400] ^= 1
+    path.write_bytes(data)
+    opened = Segment.open(path)
+    with pytest.raises(CheckpointError, match="section tokens is damaged"):
+        opened.verify()
+    with pytest.raises(CheckpointError, match="section tokens is damaged"):
+        Segment.open(path, verify="all")
+    segment.save(path)
+    Segment.open(path, verify="all").verify()
+    with pytest.raises(ConfigError, match="verify is 'small', 'all' or 'none'"):
+        Segment.open(path, verify="some")
+
+
+# ---- making ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_written_in_parts_is_the_one_built_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_module, "_PART", 100)
+    rng = np.random.default_rng(4)
+    documents = [
+        (
+            Document(id=f"d{i % 7}", source="s", added=i + 0.5, extra={"licence": "CC0 \U0001f642"}),
+            rng.integers(0, 30, n),
+        )
+        for i, n in enumerate((400, 0, 1, 90, 333, 20, 5, 64))
+    ]
+    options = {"vocab_size": 30, "tokenizer": "fingerprint", "heavy": 40, "wide": 10}
+    written = write_segment(tmp_path / "a.segment", iter(documents), **options)
+    built = Segment.build([t for _, t in documents], documents=[d for d, _ in documents], **options)
+    built.save(tmp_path / "b.segment", sync="none")
+    assert (tmp_path / "a.segment").read_bytes() == (tmp_path / "b.segment").read_bytes()
+    assert written.document(3).extra == {"licence": "CC0 \U0001f642"}
+    assert [written.number_of(f"d{i}") for i in range(8)] == [0, 1, 2, 3, 4, 5, 6, -1]
+    with pytest.raises(IndexError):
+        written.document(-1)
+    with pytest.raises(ValueError, match="read-only"):
+        written.tokens[0] = 1
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(TokenIdError):
+        write_segment(tmp_path / "a.segment", [(Document(id="a"), [5])], vocab_size=5)
+    with pytest.raises(CheckpointError, match="cannot be written: No such file"):
+        Segment.build([[1]], vocab_size=5).save(tmp_path / "none" / "a.segment")
+    segment = Segment.build([[1]], vocab_size=5)
+    with (
+        pytest.raises(ValueError, match="does not come here"),
+        segment_file.SegmentFile.create(tmp_path / "b.segment", vocab_size=5, wide=1) as file,
+    ):
+        file.put("order", segment.order)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_merged_is_built_of_what_is_kept():
+    rng = np.random.default_rng(5)
+    lists = [rng.integers(0, 20, n) for n in (30, 40, 0, 25)]
+    facts = [Document(id=name, added=1.0) for name in "abcd"]
+    parts = [
+        Segment.build(lists[i : i + 2], vocab_size=20, documents=facts[i : i + 2], tokenizer="t")
+        for i in (0, 2)
+    ]
+    whole = Segment.build([lists[1], *lists[2:]], vocab_size=20, documents=facts[1:], tokenizer="t")
+    merged = Segment.merged(parts, keep=[{1}, [1, 0]])
+    assert merged.arrays.keys() == whole.arrays.keys()
+    assert all(np.array_equal(merged.arrays[name], array) for name, array in whole.arrays.items())
+    assert len(Segment.merged(parts)) == sum(len(part) for part in parts)
+
+
+def test_a_small_segment_is_a_small_file(tmp_path):
+    rng = np.random.default_rng(6)
+    segment = Segment.build([rng.zipf(1.3, 3000) % 49_000], vocab_size=49_152)
+    assert segment.save(tmp_path / "a.segment").stat().st_size < 14 * 3001
+    assert Segment.build([[1]], vocab_size=49_152).save(tmp_path / "b.segment").stat().st_size < 1500
+
+
+def test_first_is_where_each_last_token_begins(saved):
+    segment, _ = saved
+    last = np.concatenate([[40], segment.tokens[:-1]])[segment.order].astype(int)
+    last[last == 40] = -1
+    assert segment.arrays["first"].tolist() == np.searchsorted(last, np.arange(41)).tolist()
 
 
 def test_what_cannot_be_is_refused(tmp_path):
@@ -134,6 +273,18 @@ def test_what_cannot_be_is_refused(tmp_path):
         Segment.build([[1, 9]], vocab_size=9, documents=[Document(id="x")])
     with pytest.raises(TokenIdError, match="whole numbers; got float64"):
         Segment.build([[1]], vocab_size=9).match([1.7])
+    with pytest.raises(TokenIdError, match="whole numbers; document '0' has float64"):
+        Segment.build([[1.5]], vocab_size=9)
+    for facts in (
+        {"id": 3},
+        {"id": "a", "source": None},
+        {"id": "a", "added": float("nan")},
+        {"id": "a", "extra": {"b": 2}},
+    ):
+        with pytest.raises(ConfigError):
+            Document(**facts)
+    with pytest.raises(ConfigError, match="vocabulary of 1 to"):
+        Segment.build([[1]], vocab_size=2**32 - 1)
     with pytest.raises(ConfigError, match="2 documents have 1 descriptions"):
         Segment.build([[1], [2]], vocab_size=9, documents=[Document(id="x")])
     with pytest.raises(CheckpointError, match="is missing"):

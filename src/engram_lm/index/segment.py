@@ -1,51 +1,86 @@
 """One segment: documents in sorted order, memory-mapped, immutable (docs/index.md). No torch.
 
-write_segment(path, documents, vocab_size=49_152, tokenizer=fingerprint)
-with Segment.open(path) as segment:
-    match = segment.match(context)                     # longest suffix of the context that occurs, and all shorter
-    tokens, counts = segment.continuations(match, match.depth)
-    segment.documents_of(match, match.depth, limit=5)
+write_segment(path, [(Document(id="a"), token_ids), ...], vocab_size=49_152, tokenizer=fingerprint)
+segment = Segment.open(path)
+match = segment.match(context)                     # longest suffix of the context that occurs, and all shorter
+tokens, counts = segment.continuations(match, match.depth)
+segment.documents_of(match, match.depth, limit=5)
 """
 
 import hashlib
 import json
 import os
-import secrets
-import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
-from engram_lm.index.sorting import context_order, heavy_nodes
-from engram_lm.kernels import checks, search
+from engram_lm.index.segment_file import (
+    SECTIONS,
+    SegmentFile,
+    Sync,
+    Verify,
+    read,
+    require_checksums,
+    token_dtype,
+    wrong_inside,
+)
+from engram_lm.index.sorting import MOST_TOKENS, heavy_nodes, sort_contexts
+from engram_lm.kernels import search
 
-MAGIC = b"\x89ENGS\r\n\x1a"
-VERSION = 1
 SUFFIX = ".segment"
-HEAVY = 1024
-MAX_ORDER = 64  # tokens of context that a match looks at
+HEAVY = 8192
+WIDE = 256
+MAX_ORDER = 64  # tokens of context that a match looks at, and up to which intervals become nodes
 
-_START = struct.Struct("<8sIIQ")
-_ALIGNMENT = 4096
-_MOST_JSON = 2**30
-_SECTIONS = (
-    "tokens", "order", "next", "first", "node_low", "node_high", "node_at", "node_token", "node_count", "document_at",
-    "documents",
-)  # fmt: skip
+_PART = 2**20  # tokens of `next` worked out at once when a file is written
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """What is known of a document. added: seconds since 1970; sha256: of its tokens as little-endian u32."""
+    """What is known of a document. added: seconds since 1970; sha256: of its tokens as little-endian u32.
+
+    extra: whatever else should be told of it (title, licence, attribution, ...).
+    """
 
     id: str
     source: str = ""
     added: float = 0.0
     sha256: str = ""
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("id", "source", "sha256"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"The {name} of a document is text; got {getattr(self, name)!r}.")
+        if not isinstance(self.added, int | float) or self.added != self.added:
+            raise ConfigError(
+                f"The document {self.id!r} was added at {self.added!r}; wanted seconds since 1970."
+            )
+        if not all(isinstance(word, str) for pair in self.extra.items() for word in pair):
+            raise ConfigError(f"extra of the document {self.id!r} holds text by name; got {self.extra!r}.")
+
+    def to_line(self) -> bytes:
+        """One JSON line: id, and what is not empty. The sha256 stands elsewhere."""
+        known = {"id": self.id, "source": self.source, "added": self.added, "extra": self.extra}
+        return (
+            json.dumps({k: v for k, v in known.items() if v or k == "id"}, separators=(",", ":")).encode()
+            + b"\n"
+        )
+
+    @classmethod
+    def from_line(cls, line: bytes, sha256: str) -> "Document":
+        """What `to_line` wrote. CheckpointError for anything else."""
+        try:
+            known = json.loads(line)
+            unknown = set(known) - {"id", "source", "added", "extra"}
+            if unknown:
+                raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+            return cls(**known, sha256=sha256)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"A document's line is damaged ({error}): {line[:80]!r}.") from None
 
 
 @dataclass(frozen=True)
@@ -66,14 +101,27 @@ class Match:
 
 
 class Segment:
-    """Arrays of a segment, in memory or mapped from its file."""
+    """Arrays of a segment, in memory or mapped from its file; none can be written.
 
-    def __init__(self, arrays: dict[str, np.ndarray], *, vocab_size: int, tokenizer: str, heavy: int) -> None:
-        self.vocab_size, self.tokenizer, self.heavy = vocab_size, tokenizer, heavy
-        self.arrays = arrays
+    arrays: the sections of docs/index.md by name, and "first" in full, uint32 [V + 1].
+    """
+
+    def __init__(
+        self,
+        arrays: dict[str, np.ndarray],
+        *,
+        vocab_size: int,
+        heavy: int,
+        wide: int,
+        path: Path | None = None,
+    ) -> None:
+        self.vocab_size, self.heavy, self.wide, self.path = vocab_size, heavy, wide, path
+        self.arrays = {**arrays, "first": _first(arrays, vocab_size)}
+        for array in self.arrays.values():
+            array.flags.writeable = False
         self.tokens, self.order, self.next = arrays["tokens"], arrays["order"], arrays["next"]
         self.document_at = arrays["document_at"]
-        self._documents: list[Document] | None = None
+        self.tokenizer = arrays["tokenizer"].tobytes().decode("utf8", "replace")
 
     @property
     def end(self) -> int:
@@ -106,15 +154,13 @@ class Segment:
         """What followed the last `order` tokens: token ids ascending (END: vocab_size) and counts, both int64."""
         low, high = int(match.low[order]), int(match.high[order])
         if high - low > self.heavy:
-            node = search.find_node(self.arrays["node_low"], self.arrays["node_high"], low, high)
-            if node < 0:
-                raise CheckpointError(
-                    f"This segment lacks the counts of {high - low:,} positions: it is damaged."
+            arrays = self.arrays
+            node = search.find_node(arrays["node_low"], arrays["node_high"], low, high)
+            if node >= 0:
+                part = slice(int(arrays["node_at"][node]), int(arrays["node_at"][node + 1]))
+                return arrays["node_token"][part].astype(np.int64), arrays["node_count"][part].astype(
+                    np.int64
                 )
-            part = slice(int(self.arrays["node_at"][node]), int(self.arrays["node_at"][node + 1]))
-            return self.arrays["node_token"][part].astype(np.int64), self.arrays["node_count"][part].astype(
-                np.int64
-            )
         token_I, count_I = np.unique(self.next[low:high], return_counts=True)
         return token_I.astype(np.int64), count_I
 
@@ -129,10 +175,27 @@ class Segment:
 
     def document(self, number: int) -> Document:
         """What is known of the document `number`."""
-        if self._documents is None:
-            lines = bytes(self.arrays["documents"]).splitlines()
-            self._documents = [Document(**json.loads(line)) for line in lines]
-        return self._documents[number]
+        line = self.arrays["document_line"]
+        if not 0 <= number < self.n_documents:
+            raise IndexError(f"There is no document {number} among {self.n_documents:,}.")
+        text = self.arrays["documents"][int(line[number]) : int(line[number + 1])].tobytes()
+        return Document.from_line(
+            text, self.arrays["document_sha256"][32 * number : 32 * number + 32].tobytes().hex()
+        )
+
+    def number_of(self, document_id: str) -> int:
+        """The number of the first document with this id, -1 where there is none."""
+        by_id = self.arrays["document_by_id"]
+        low, high = 0, len(by_id)
+        while low < high:
+            middle = (low + high) // 2
+            if self.document(int(by_id[middle])).id < document_id:
+                low = middle + 1
+            else:
+                high = middle
+        if low < len(by_id) and self.document(int(by_id[low])).id == document_id:
+            return int(by_id[low])
+        return -1
 
     def document_tokens(self, number: int) -> np.ndarray:
         """Its tokens, without END."""
@@ -149,123 +212,126 @@ class Segment:
         tokenizer: str = "",
         documents: Sequence[Document] | None = None,
         heavy: int = HEAVY,
+        wide: int = WIDE,
+        threads: int | None = None,
     ) -> "Segment":
-        """Sort documents (token ids each) into a segment. TokenIdError names an id outside the vocabulary."""
-        lists = [np.asarray(tokens, np.int64).reshape(-1) for tokens in token_lists]
+        """Sort documents (token ids each) into a segment in memory. TokenIdError names an id outside the vocabulary."""
+        lists = list(token_lists)
         documents = documents or [Document(id=str(i)) for i in range(len(lists))]
         if len(documents) != len(lists):
             raise ConfigError(f"{len(lists)} documents have {len(documents)} descriptions.")
-        for number, tokens in enumerate(lists):
-            bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
-            if len(bad):
-                raise TokenIdError(
-                    f"Token id {tokens[bad[0]]} at place {bad[0]} of document {documents[number].id!r} is outside the "
-                    f"vocabulary of {vocab_size:,}."
-                )
-        dtype = np.dtype("<u2") if vocab_size < 2**16 else np.dtype("<u4")
-        size_D = np.array([len(tokens) + 1 for tokens in lists], np.int64)
-        if size_D.sum() >= 2**32:
-            raise ConfigError(
-                f"A segment holds fewer than 2^32 tokens; these documents have {size_D.sum():,}."
-            )
-        stream_N = np.concatenate(
-            [part for tokens in lists for part in (tokens, [vocab_size])] or [np.empty(0)]
-        )
-        tokens_N = stream_N.astype(dtype)
-        order_N = context_order(tokens_N, vocab_size) if len(tokens_N) else np.empty(0, np.int64)
+        tokens_N, facts = _gather(zip(documents, lists, strict=True), vocab_size)
+        order_N, first_V = sort_contexts(tokens_N, vocab_size=vocab_size, threads=threads)
         next_N = tokens_N[order_N]
-        last_N = np.where(order_N > 0, tokens_N[order_N - 1], vocab_size) if len(tokens_N) else order_N
-        last_N = np.where(last_N == vocab_size, -1, last_N.astype(np.int64))
-        first_V = np.searchsorted(last_N, np.arange(vocab_size + 1)).astype("<u4")
-        nodes = heavy_nodes(tokens_N, order_N, next_N, end=vocab_size, heavy=heavy)
-        described = [
-            Document(**{**asdict(document), "sha256": sha256_of(tokens)})
-            for document, tokens in zip(documents, lists, strict=True)
-        ]
-        text = b"".join(json.dumps(asdict(document)).encode() + b"\n" for document in described)
+        heavy, nodes = heavy_nodes(
+            tokens_N,
+            order_N,
+            next_N,
+            end=vocab_size,
+            heavy=heavy,
+            wide=min(wide, heavy),
+            most_order=MAX_ORDER,
+        )
         arrays = {
-            "tokens": tokens_N,
-            "order": order_N.astype("<u4"),
-            "next": next_N,
-            "first": first_V,
-            **dict(zip(_SECTIONS[4:9], nodes, strict=True)),
-            "document_at": np.concatenate([[0], np.cumsum(size_D)]).astype("<u4"),
-            "documents": np.frombuffer(text, np.uint8),
-        }
-        return cls(arrays, vocab_size=vocab_size, tokenizer=tokenizer, heavy=heavy)
+            "tokens": tokens_N, "order": order_N, "next": next_N, **_occurring(first_V), **nodes, **facts,
+            "tokenizer": np.frombuffer(tokenizer.encode(), np.uint8),
+        }  # fmt: skip
+        return cls(arrays, vocab_size=vocab_size, heavy=heavy, wide=min(wide, heavy))
+
+    @classmethod
+    def merged(
+        cls, segments: Sequence["Segment"], keep: Sequence[Collection[int]] | None = None, **options: int
+    ) -> "Segment":
+        """One segment in memory of these segments' documents, of each those whose numbers are in its `keep`."""
+        pairs = list(documents_in(segments, keep))
+        return cls.build(
+            [tokens for _, tokens in pairs],
+            documents=[document for document, _ in pairs],
+            vocab_size=segments[0].vocab_size,
+            tokenizer=segments[0].tokenizer,
+            **options,
+        )
 
     # ---- files --------------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write the segment beside `path`, sync it and rename it there."""
-        path = Path(path)
-        sections, at = {}, 0
-        for name in _SECTIONS:
-            data = np.ascontiguousarray(self.arrays[name])
-            flat = data.view(np.uint8).reshape(-1)
-            sections[name] = {
-                "dtype": data.dtype.str, "count": len(data), "at": at, "xxh64": f"{int(checks.xxh64(flat)):016x}",
-            }  # fmt: skip
-            at += -(-len(flat) // _ALIGNMENT) * _ALIGNMENT
-        facts = {
-            "vocab_size": self.vocab_size, "tokenizer": self.tokenizer, "heavy": self.heavy, "sections": sections,
-        }  # fmt: skip
-        # places in the file depend on how long the JSON is: leave room for them to grow
-        room = -(-(_START.size + len(json.dumps(facts)) + 20 * len(sections)) // _ALIGNMENT) * _ALIGNMENT
-        for section in sections.values():
-            section["at"] += room
-        text = json.dumps(facts).encode()
-        start = _START.pack(MAGIC, VERSION, len(text), int(checks.xxh64(np.frombuffer(text, np.uint8))))
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            with open(beside, "wb") as file:
-                file.write((start + text).ljust(room, b"\0"))
-                for name in _SECTIONS:
-                    file.seek(sections[name]["at"])
-                    np.ascontiguousarray(self.arrays[name]).tofile(file)
-                file.truncate(room + at)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-            handle = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise CheckpointError(f"{path} cannot be written: {error.strerror or error}.") from None
-        return path
+    def save(self, path: str | os.PathLike, *, sync: Sync = "all") -> Path:
+        """Write the segment beside `path` and rename it there.
+
+        sync: the file and its directory ("all"), the file alone, or "none".
+        """
+        with SegmentFile.create(path, vocab_size=self.vocab_size, wide=self.wide) as file:
+            for name in SECTIONS:
+                file.put(name, self.arrays[name])
+            file.finish(heavy=self.heavy, sync=sync)
+        return Path(path)
 
     @classmethod
-    def open(cls, path: str | os.PathLike, *, verify: bool = False) -> "Segment":
-        """Map a segment's file. CheckpointError for whatever is not as docs/index.md says."""
-        path = Path(path)
-        facts = _read_facts(path)
-        try:
-            size = path.stat().st_size
-            mapped = np.memmap(path, np.uint8, "r")
-            arrays = {name: _section(path, mapped, size, name, facts["sections"][name]) for name in _SECTIONS}
-            segment = cls(
-                arrays,
-                vocab_size=int(facts["vocab_size"]),
-                tokenizer=str(facts["tokenizer"]),
-                heavy=int(facts["heavy"]),
-            )
-            _require_sizes(path, segment)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged: {error!r}.") from None
-        if verify:
-            segment.verify(path, facts)
-        return segment
+    def open(cls, path: str | os.PathLike, *, verify: Verify = "small") -> "Segment":
+        """Read a segment's file, or map it if it is large. CheckpointError for whatever is not as docs/index.md says.
 
-    def verify(self, path: Path, facts: dict[str, Any] | None = None) -> None:
-        """Check every section's checksum. CheckpointError names the section."""
-        facts = facts or _read_facts(path)
-        for name in _SECTIONS:
-            flat = np.ascontiguousarray(self.arrays[name]).view(np.uint8).reshape(-1)
-            if f"{int(checks.xxh64(flat)):016x}" != facts["sections"][name]["xxh64"]:
-                raise CheckpointError(f"{path}: the section {name} is damaged: its checksum is wrong.")
+        verify: "all" compares checksums and every number that points somewhere. "small" does so in files up to 1 MiB, "none"
+        in none; the tables of documents and nodes are always looked at, so that no query of this class reads outside.
+        """
+        path = Path(path)
+        if verify not in ("small", "all", "none"):
+            raise ConfigError(f"verify is 'small', 'all' or 'none'; got {verify!r}.")
+        facts, arrays = read(path, verify=verify)
+        return cls(arrays, vocab_size=facts.vocab_size, heavy=facts.heavy, wide=facts.wide, path=path)
+
+    def verify(self) -> None:
+        """Compare the file's checksums with what is mapped, and every number with what it points into."""
+        if self.path is None:
+            return
+        facts, _ = read(self.path, verify="none")
+        require_checksums(self.path, facts, self.arrays)
+        wrong = wrong_inside(self.arrays, self.vocab_size)
+        if wrong:
+            raise CheckpointError(f"{self.path} is damaged: {wrong}.")
+
+
+def write_segment(
+    path: str | os.PathLike,
+    documents: Iterable[tuple[Document, Sequence[int] | np.ndarray]],
+    *,
+    vocab_size: int,
+    tokenizer: str = "",
+    heavy: int = HEAVY,
+    wide: int = WIDE,
+    threads: int | None = None,
+    sync: Sync = "all",
+) -> Segment:
+    """Sort documents into a file without holding it: 6 bytes a token (u16) at most, and some scratch. Returns it, open."""
+    path, wide = Path(path), min(wide, heavy)
+    tokens_N, facts = _gather(documents, vocab_size)
+    with SegmentFile.create(path, vocab_size=vocab_size, wide=wide) as file:
+        order_N, first_V = sort_contexts(tokens_N, vocab_size=vocab_size, threads=threads)
+        file.put("tokens", tokens_N)
+        file.put("order", order_N)
+        file.put("next", (tokens_N[order_N[i : i + _PART]] for i in range(0, len(order_N), _PART)))
+        del order_N
+        for name, array in _occurring(first_V).items():
+            file.put(name, array)
+        heavy, nodes = heavy_nodes(
+            tokens_N, file.section("order"), file.section("next"), end=vocab_size, heavy=heavy, wide=wide,
+            most_order=MAX_ORDER,
+        )  # fmt: skip
+        for name, array in {
+            **nodes,
+            **facts,
+            "tokenizer": np.frombuffer(tokenizer.encode(), np.uint8),
+        }.items():
+            file.put(name, array)
+        file.finish(heavy=heavy, sync=sync)
+    return Segment.open(path, verify="none")
+
+
+def documents_in(
+    segments: Sequence[Segment], keep: Sequence[Collection[int]] | None = None
+) -> Iterator[tuple[Document, np.ndarray]]:
+    """Documents of segments and their tokens, in order: what `write_segment` takes. keep: numbers of each, all by default."""
+    for s, segment in enumerate(segments):
+        for number in range(segment.n_documents) if keep is None else sorted(keep[s]):
+            yield segment.document(number), segment.document_tokens(number)
 
 
 def sha256_of(tokens: np.ndarray) -> str:
@@ -273,48 +339,58 @@ def sha256_of(tokens: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(tokens, "<u4").tobytes()).hexdigest()
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(_START.size)
-            if len(start) < _START.size or start[:8] != MAGIC:
-                raise CheckpointError(f"{path} is no segment (it begins with {start[:8]!r}).")
-            _, version, n_json, wanted = _START.unpack(start)
-            if version != VERSION:
-                raise CheckpointError(
-                    f"{path} is a segment of version {version}; this build reads version {VERSION}."
+# ---- parts of building ------------------------------------------------------------------------------------------------
+
+
+def _gather(
+    pairs: Iterable[tuple[Document, Sequence[int] | np.ndarray]], vocab_size: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The stream, and the sections about documents."""
+    if not 1 <= vocab_size < 2**32 - 1:
+        raise ConfigError(f"A segment has a vocabulary of 1 to 2^32 - 2 tokens; got {vocab_size:,}.")
+    dtype = token_dtype(vocab_size)
+    end, parts, ids, lines, hashes, at = np.array([vocab_size], dtype), [], [], [], [], [0]
+    for document, tokens in pairs:
+        given = np.asarray(tokens).reshape(-1)
+        if given.size:
+            if given.dtype.kind not in "iu":
+                raise TokenIdError(
+                    f"Token ids are whole numbers; document {document.id!r} has {given.dtype}."
                 )
-            text = file.read(min(n_json, _MOST_JSON))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if len(text) < n_json or int(checks.xxh64(np.frombuffer(text, np.uint8))) != wanted:
-        raise CheckpointError(f"{path} has a damaged header: its checksum is wrong.")
-    return json.loads(text)
+            if given.min() < 0 or given.max() >= vocab_size:
+                place = int(np.flatnonzero((given < 0) | (given >= vocab_size))[0])
+                raise TokenIdError(
+                    f"Token id {given[place]} at place {place} of document {document.id!r} is outside the "
+                    f"vocabulary of {vocab_size:,}."
+                )
+        parts += [given.astype(dtype, copy=False), end]
+        ids.append(document.id)
+        lines.append(document.to_line())
+        hashes.append(hashlib.sha256(given.astype("<u4").tobytes()).digest())
+        at.append(at[-1] + len(given) + 1)
+        if at[-1] >= MOST_TOKENS:
+            raise ConfigError(
+                f"A segment holds fewer than 2^31 tokens; these documents have {at[-1]:,} or more."
+            )
+    line_D1 = np.zeros(len(lines) + 1, np.uint64)
+    np.cumsum([len(line) for line in lines], out=line_D1[1:])
+    return np.concatenate(parts) if parts else np.empty(0, dtype), {
+        "document_at": np.array(at, np.uint32),
+        "document_line": line_D1,
+        "document_by_id": np.array(sorted(range(len(ids)), key=ids.__getitem__), np.uint32),
+        "document_sha256": np.frombuffer(b"".join(hashes), np.uint8),
+        "documents": np.frombuffer(b"".join(lines), np.uint8),
+    }
 
 
-def _section(path: Path, mapped: np.ndarray, size: int, name: str, facts: dict[str, Any]) -> np.ndarray:
-    dtype, count, at = np.dtype(facts["dtype"]), int(facts["count"]), int(facts["at"])
-    if dtype.kind not in "u" or count < 0 or at % _ALIGNMENT or not 0 <= at <= size - count * dtype.itemsize:
-        raise ValueError(f"the section {name} lies outside the file")
-    return mapped[at : at + count * dtype.itemsize].view(dtype)
+def _occurring(first_V: np.ndarray) -> dict[str, np.ndarray]:
+    """The last tokens that occur and where each begins."""
+    token_F = np.flatnonzero(first_V[1:] > first_V[:-1])
+    return {"first_token": token_F, "first_at": first_V[token_F]}
 
 
-def _require_sizes(path: Path, segment: Segment) -> None:
-    arrays, N = segment.arrays, len(segment.tokens)
-    H, D = len(arrays["node_low"]), len(arrays["document_at"]) - 1
-    wanted = {
-        "order": N, "next": N, "first": segment.vocab_size + 1, "node_high": H, "node_at": H + 1,
-        "node_count": len(arrays["node_token"]), "document_at": max(D, 0) + 1,
-    }  # fmt: skip
-    for name, count in wanted.items():
-        if len(arrays[name]) != count:
-            raise ValueError(f"the section {name} has {len(arrays[name]):,} numbers, not {count:,}")
-    ends = {
-        "order": (arrays["order"], N), "first": (arrays["first"], N + 1), "node_high": (arrays["node_high"], N + 1),
-        "node_at": (arrays["node_at"], len(arrays["node_token"]) + 1), "document_at": (arrays["document_at"], N + 1),
-    }  # fmt: skip
-    for name, (array, limit) in ends.items():
-        if len(array) and int(array.max()) >= limit:
-            raise ValueError(f"the section {name} points outside")
+def _first(arrays: dict[str, np.ndarray], vocab_size: int) -> np.ndarray:
+    """Where the positions with each last token begin, and N: uint32 [V + 1]."""
+    N = np.array([len(arrays["tokens"])], np.uint32)
+    edge = np.concatenate([[-1], arrays["first_token"].astype(np.int64), [vocab_size]])
+    return np.repeat(np.concatenate([arrays["first_at"], N]).astype(np.uint32), np.diff(edge))
