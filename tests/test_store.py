@@ -129,7 +129,7 @@ class Index(RuleBasedStateMachine):
         assert {path.name for path in self.path.iterdir()} == wanted
 
 
-Index.TestCase.settings = settings(max_examples=12, stateful_step_count=10, deadline=None)
+Index.TestCase.settings = settings(max_examples=6, stateful_step_count=8, deadline=None)
 test_any_order_of_changes_gives_what_a_dictionary_gives = Index.TestCase
 
 
@@ -307,7 +307,7 @@ def test_delete_during_a_merge_is_in_the_merged_segment(store, monkeypatch):
 
 
 def test_merging_in_the_background_keeps_segments_few(tmp_path):
-    documents = {f"d{i}": [i % VOCAB, i // VOCAB % VOCAB, i // VOCAB**2] for i in range(150)}
+    documents = {f"d{i}": [i % VOCAB, i // VOCAB % VOCAB, i // VOCAB**2] for i in range(60)}
     with Store.create(tmp_path / "i", vocab_size=VOCAB) as store:
         for item in documents.items():
             store.add([item])

@@ -182,8 +182,8 @@ def _prove(
             inside = []
         if len(places) != len(inside):
             raise CheckpointError(
-                f"{path} still holds tokens of a deleted document, outside the documents of this index. Remove the file if it "
-                "is none of the index's own; otherwise run verify."
+                f"{path} still holds tokens of a deleted document, outside the documents of this index. Remove the file if "
+                "it is none of the index's own; otherwise run verify."
             )
         n_bytes += len(data_N)
         if progress is not None:

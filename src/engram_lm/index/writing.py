@@ -118,7 +118,7 @@ class Writer:
             renamed = durable.same_file(path, file)
             os.close(file)
             if renamed:
-                self.unknown = f"{path} was replaced, but whether that will last is not known ({error}). Open the index again."
+                self.unknown = f"{path} was replaced, but whether that lasts is not known ({error}). Open the index again."
             else:
                 with contextlib.suppress(OSError):
                     durable.remove(beside)

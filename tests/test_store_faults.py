@@ -1,0 +1,375 @@
+"""The store when things go wrong: deaths at every step, full disks, two writers, vanished files, and readers meanwhile."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.index import durable, opened
+from engram_lm.index.store import Store
+from store_support import SCENARIOS, VOCAB, before_scenarios, follow, scenario_states, state_of
+
+
+def support(*arguments):
+    """Run store_support.py; what it printed."""
+    script = Path(__file__).with_name("store_support.py")
+    done = subprocess.run(
+        [sys.executable, str(script), *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def require_whole_after_deaths(root):
+    """Every directory opens, is sound, holds what was acknowledged or one change more, and can be written."""
+    for name in SCENARIOS:
+        states, n_died = scenario_states(name), 0
+        for path in sorted(root.glob(f"{name}.*")):
+            if not path.is_dir():
+                continue
+            done = path.with_name(path.name + ".done")
+            acked = len(done.read_text().split()) if done.exists() else 0
+            n_died += acked < len(SCENARIOS[name])
+            with Store.open(path) as store:
+                store.verify()
+                assert state_of(store) in states[acked : acked + 2], (path, acked)
+            with Store.open(path, "write", merging="by hand") as store:
+                before = state_of(store)
+                store.add([("after", [1, 2])])
+                assert {path.name for path in path.iterdir()} == {
+                    "manifest",
+                    "lock",
+                } | store._opened.manifest.files()
+                assert state_of(store) == {**before, ("public", "after"): [1, 2]}
+                store.verify()
+        assert n_died > 2
+
+
+def test_death_at_some_system_calls_loses_nothing_acknowledged(tmp_path):
+    support("points", tmp_path, 8)
+    require_whole_after_deaths(tmp_path)
+
+
+@pytest.mark.slow
+def test_death_at_any_system_call_loses_nothing_acknowledged(tmp_path):
+    support("points", tmp_path, 1)
+    require_whole_after_deaths(tmp_path)
+    assert sum(path.is_dir() for path in tmp_path.iterdir()) > 80
+
+
+@pytest.mark.slow
+def test_200_kills_at_random_moments_lose_nothing_acknowledged(tmp_path):
+    assert int(support("kills", tmp_path, 1, 200).split()[-1]) > 200
+
+
+def test_readers_beside_a_writer_see_one_generation_and_never_a_stale_one(tmp_path):
+    words = support("readers", tmp_path, 2, 1).split()
+    assert min(int(word) for word in words if word.isdigit()) > 3
+
+
+@pytest.mark.slow
+def test_8_readers_beside_a_writer_for_a_minute(tmp_path):
+    words = support("readers", tmp_path, 8, 60).split()
+    assert min(int(word) for word in words if word.isdigit()) > 50
+
+
+# ---- errors of the system ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
+        before_scenarios(store)
+        yield store
+
+
+def failing(monkeypatch, n, name="fsync", code=errno.ENOSPC):
+    """The n-th call of an os function fails."""
+    calls, real = [], getattr(os, name)
+
+    def call(*args, **options):
+        calls.append(None)
+        if len(calls) == n:
+            raise OSError(code, os.strerror(code))
+        return real(*args, **options)
+
+    monkeypatch.setattr(os, name, call)
+    return calls
+
+
+CHANGES = {
+    "add": lambda store: store.add([("new", [5] * 50)]),
+    "delete": lambda store: store.delete("a"),
+    "replace": lambda store: store.add([("a", [5] * 50)], replace="yes"),
+    "merge": lambda store: store.merge(),
+    "purge": lambda store: store.purge("a"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["fsync", "write", "pwrite", "open", "replace"])
+def test_a_full_disk_leaves_the_index_as_it_was(store, monkeypatch, change, name):
+    """Every call of each kind fails in turn, until the change gets through."""
+    before, files = state_of(store), {path.name for path in store.directory.iterdir()}
+    for n in range(1, 100):
+        calls = failing(monkeypatch, n, name)
+        try:
+            CHANGES[change](store)
+        except CheckpointError as error:
+            monkeypatch.undo()
+            assert "No space left on device" in str(error)  # noqa: PT017
+            if "whether that lasts is not known" in str(error):
+                break
+            assert state_of(store) == before
+            assert {path.name for path in store.directory.iterdir()} == files
+            store.verify()
+        else:
+            monkeypatch.undo()
+            assert len(calls) < n or change == "purge"
+            break
+    else:
+        raise AssertionError("it never got through")
+    # the sync of the directory came after the rename: the error says that it cannot know, and the store stops
+    if name == "fsync":
+        with pytest.raises(CheckpointError, match=r"not known \(.*No space.*Open the index again"):
+            store.add([("x", [1])])
+    store.close()
+    with Store.open(store.directory, "write", merging="by hand") as again:
+        again.verify()
+        after = state_of(again)
+        assert (after == before) == (change == "merge")
+        again.add([("x", [1])])
+
+
+def test_the_first_thing_that_goes_wrong_is_not_hidden_by_the_second(store, monkeypatch):
+    failing(monkeypatch, 1)
+    monkeypatch.setattr(
+        durable.os, "unlink", lambda path: (_ for _ in ()).throw(OSError(errno.EROFS, "read-only"))
+    )
+    with pytest.raises(CheckpointError, match="No space left"):
+        store.delete("a")
+    monkeypatch.undo()
+    store.delete("a")
+    store.close()
+    with Store.open(store.directory, "write"):
+        assert {path.name for path in store.directory.iterdir()} == {
+            "manifest",
+            "lock",
+        } | store._opened.manifest.files()
+
+
+def test_an_interrupt_leaves_all_or_nothing(store, monkeypatch):
+    before = state_of(store)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.delete("a")
+    monkeypatch.undo()
+    assert state_of(store) == before
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda *args: (real(*args), interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        store.add([("new", [1])])
+    monkeypatch.undo()
+
+
+def test_a_failed_background_merge_is_told_and_tried_again(tmp_path, monkeypatch):
+    with Store.create(tmp_path / "i", vocab_size=VOCAB) as store:
+        background = store._background
+        build = store._writer.build
+
+        def refuse(lists, documents):
+            if len(lists) > 1:
+                raise CheckpointError("no room")
+            return build(lists, documents)
+
+        monkeypatch.setattr(store._writer, "build", refuse)
+        for i in range(4):
+            store.add([(f"{i}", [i])])
+        background._thread.join()
+        assert store.stats().merge_error == "no room"
+        monkeypatch.undo()
+        store.add([("4", [4])])
+        background._thread.join()
+        assert store.stats().merge_error == ""
+        assert store.stats().segments < 4
+        assert len(state_of(store)) == 5
+
+
+# ---- writers ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_told_who_writes(store):
+    with pytest.raises(
+        CheckpointError, match=rf"is being written by process {os.getpid()} on .+ since \d{{4}}-"
+    ):
+        Store.open(store.directory, "write")
+    with pytest.raises(CheckpointError, match="is being written by process"):
+        Store.create(store.directory, vocab_size=3)
+    (store.directory / "lock").write_bytes(b"\0{nonsense")
+    with pytest.raises(CheckpointError, match="is being written by another process"):
+        Store.open(store.directory, "write")
+    timer = threading.Timer(0.2, store.close)
+    timer.start()
+    with Store.open(store.directory, "write", wait_seconds=30) as other:
+        other.delete("a")
+    timer.join()
+
+
+def test_the_lock_ends_with_its_process_even_where_children_live_on(tmp_path):
+    path = tmp_path / "i"
+    Store.create(path, vocab_size=VOCAB).close()
+    script = """
+import os, signal, sys, time
+from engram_lm.index.store import Store
+store = Store.open(sys.argv[1], "write")
+if os.fork() == 0:
+    try:
+        store.add([("child", [1])])
+    except Exception as error:
+        print(type(error).__name__, error, flush=True)
+    sys.stdout.close(); os.close(1)
+    time.sleep(600)
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+    run = subprocess.Popen(
+        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert "is a fork of its writer" in run.stdout.readline()
+        with pytest.raises(CheckpointError, match=f"is being written by process {run.pid}"):
+            Store.open(path, "write")
+        run.kill()
+        run.wait()
+        with Store.open(path, "write") as store:
+            assert store.add([("a", [1])]) == 1
+    finally:
+        os.killpg(run.pid, 9)
+        run.stdout.close()
+
+
+def test_a_writer_whose_manifest_was_replaced_stops(store, tmp_path):
+    data = (store.directory / "manifest").read_bytes()
+    (tmp_path / "copy").write_bytes(data)
+    os.replace(tmp_path / "copy", store.directory / "manifest")
+    with pytest.raises(CheckpointError, match="replaced by another process than its writer"):
+        store.delete("a")
+
+
+# ---- readers -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_finds_a_file_gone_reads_the_manifest_again(store, monkeypatch):
+    reader = Store.open(store.directory)
+    real, seen = opened.open_segment, []
+
+    def late(directory, manifest, entry):
+        # between the manifest and the file it names, a writer merges; it opens files too
+        if len(seen) < 3 and not any(seen[-1:]):
+            seen.append(True)
+            store.add([(f"more {len(seen)}", [9, 9, len(seen)])])
+            store.merge()
+            seen[-1] = False
+        return real(directory, manifest, entry)
+
+    monkeypatch.setattr(opened, "open_segment", late)
+    assert follow(reader.snapshot(), [9, 9]) == {1: 1, 2: 1, 3: 1}
+    monkeypatch.undo()
+    (entry,) = store._opened.manifest.tenants["public"]
+    (store.directory / f"{entry.number:012d}.segment").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        Store.open(store.directory).snapshot()
+    with pytest.raises(CheckpointError, match="is missing"):
+        Store.open(store.directory).verify()
+
+
+def test_verify_beside_a_writer_goes_on_to_the_newest(store, monkeypatch):
+    import engram_lm.index.checking as checking
+
+    real, seen = checking.open_segment, []
+
+    def late(directory, manifest, entry):
+        if not seen:
+            seen.append(None)
+            store.merge()
+        return real(directory, manifest, entry)
+
+    monkeypatch.setattr(checking, "open_segment", late)
+    assert Store.open(store.directory).verify().generation == store.generation
+
+
+def test_threads_share_a_store(tmp_path):
+    """Four threads add and delete their own documents while others ask: each sees its own, and the sums are right."""
+    errors = []
+    with Store.create(tmp_path / "i", vocab_size=VOCAB) as store:
+
+        def change(name):
+            try:
+                for i in range(12):
+                    store.add([(f"{name}{i}", [name, i, 7])])
+                    assert follow(store.snapshot(), [name, i]) == {7: 1}
+                    if i % 3 == 0:
+                        store.delete(f"{name}{i}")
+                        assert follow(store.snapshot(), [name, i]) == {}
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=change, args=(100 + i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert store.snapshot().n_documents == 4 * 8
+        store.verify()
+
+
+# ---- documents -----------------------------------------------------------------------------------------------------------
+
+
+def test_large_empty_and_odd_documents(tmp_path):
+    rng = np.random.default_rng(0)
+    large = rng.integers(0, 49_152, 200_000).astype(np.uint16)
+    path = tmp_path / "a path with spaces, ümläuts & 'quotes'"
+    with Store.create(path, vocab_size=49_152, merging="by hand") as store:
+        store.add([("large", large)])
+        store.add([("empty", []), ('\u2028 \\ " \n\t\U0001f600', np.array([1, 2, 3], np.int32), "\n")])
+        assert follow(store.snapshot(), large[1000:1005].tolist()) == {int(large[1005]): 1}
+        store.delete(["large", "empty"])
+        assert follow(store.snapshot(), []) == {1: 1, 2: 1, 3: 1, 49_152: 1}
+        (document,) = store.documents()
+        assert document.source == "\n"
+        report = store.purge()
+        assert report.documents == 1
+        assert store.get('\u2028 \\ " \n\t\U0001f600')[1].tolist() == [1, 2, 3]
+        store.delete(document.id)
+        assert store.snapshot().n_tokens == 0
+        assert store.snapshot().longest([1, 2])[0] == 0
+        with pytest.raises(ConfigError, match="There is no document"):
+            store.delete(document.id)
+
+
+@pytest.mark.slow
+def test_a_document_of_50_mb_is_masked_at_once(tmp_path):
+    rng = np.random.default_rng(0)
+    large = rng.integers(0, 49_152, 12_000_000).astype(np.uint16)
+    with Store.create(tmp_path / "i", vocab_size=49_152, merging="by hand") as store:
+        store.add([("large", large), ("other", large[:100])])
+        store.delete("large")
+        snapshot = store.snapshot()
+        assert (snapshot.n_tokens, snapshot.n_documents) == (101, 1)
+        assert follow(snapshot, large[:50].tolist()) == {int(large[50]): 1}
+        assert follow(snapshot, large[200:205].tolist()) == {}
+        store.verify()
+        report = store.purge()
+        assert report.live_copies == 6
+        assert store.stats().bytes < 10_000
