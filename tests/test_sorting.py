@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.index import sorting
-from engram_lm.index.sorting import context_order, heavy_nodes, heavy_nodes_plain, sort_contexts
+from engram_lm.index.sorting import context_order, nodes_of, nodes_plain, sort_contexts, wide_intervals
 from engram_lm.kernels import sorting as kernel
 
 
@@ -112,10 +112,10 @@ def test_heavy_intervals_are_those_of_the_plain_twin(documents, copies, wide, mo
     tokens_N = stream(documents * copies, 4, np.uint16)
     order_N, _ = sort_contexts(tokens_N, vocab_size=4)
     next_N = tokens_N[order_N]
-    options = {"end": 4, "heavy": wide + more, "wide": wide, "most_order": most_order}
-    heavy, found = heavy_nodes(tokens_N, order_N, next_N, **options)
+    node_H2 = wide_intervals(tokens_N, order_N, end=4, wide=wide, most_order=most_order)
+    heavy, found = nodes_of(node_H2, next_N, end=4, heavy=wide + more)
     assert heavy == wide + more
-    wanted = heavy_nodes_plain(tokens_N, order_N, next_N, **options)
+    wanted = nodes_plain(tokens_N, order_N, next_N, end=4, heavy=heavy, wide=wide, most_order=most_order)
     keys = list(zip(found["node_low"].tolist(), found["node_high"].tolist(), strict=True))
     assert keys == sorted(wanted, key=lambda node: (node[0], -node[1]))
     for h, key in enumerate(keys):
@@ -134,8 +134,7 @@ def test_counts_never_outgrow_the_text():
         [np.concatenate([[0] * 60, [x]]) for x in rng.permutation(30_000)[:3000]], 30_000, np.uint16
     )
     order_N, _ = sort_contexts(tokens_N, vocab_size=30_000)
-    heavy, found = heavy_nodes(
-        tokens_N, order_N, tokens_N[order_N], end=30_000, heavy=64, wide=64, most_order=64
-    )
+    node_H2 = wide_intervals(tokens_N, order_N, end=30_000, wide=64, most_order=64)
+    heavy, found = nodes_of(node_H2, tokens_N[order_N], end=30_000, heavy=64)
     assert heavy > 64
     assert len(found["node_token"]) * 6 <= len(tokens_N) * 2

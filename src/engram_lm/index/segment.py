@@ -27,8 +27,9 @@ from engram_lm.index.segment_file import (
     token_dtype,
     wrong_inside,
 )
-from engram_lm.index.sorting import MOST_TOKENS, heavy_nodes, sort_contexts
+from engram_lm.index.sorting import MOST_TOKENS, nodes_of, sort_contexts, wide_intervals
 from engram_lm.kernels import search
+from engram_lm.kernels.sorting import gather
 
 SUFFIX = ".segment"
 HEAVY = 8192
@@ -222,21 +223,15 @@ class Segment:
             raise ConfigError(f"{len(lists)} documents have {len(documents)} descriptions.")
         tokens_N, facts = _gather(zip(documents, lists, strict=True), vocab_size)
         order_N, first_V = sort_contexts(tokens_N, vocab_size=vocab_size, threads=threads)
-        next_N = tokens_N[order_N]
-        heavy, nodes = heavy_nodes(
-            tokens_N,
-            order_N,
-            next_N,
-            end=vocab_size,
-            heavy=heavy,
-            wide=min(wide, heavy),
-            most_order=MAX_ORDER,
-        )
+        next_N = gather(tokens_N, order_N)
+        wide = min(wide, heavy)
+        node_H2 = wide_intervals(tokens_N, order_N, end=vocab_size, wide=wide, most_order=MAX_ORDER)
+        heavy, nodes = nodes_of(node_H2, next_N, end=vocab_size, heavy=heavy)
         arrays = {
             "tokens": tokens_N, "order": order_N, "next": next_N, **_occurring(first_V), **nodes, **facts,
             "tokenizer": np.frombuffer(tokenizer.encode(), np.uint8),
         }  # fmt: skip
-        return cls(arrays, vocab_size=vocab_size, heavy=heavy, wide=min(wide, heavy))
+        return cls(arrays, vocab_size=vocab_size, heavy=heavy, wide=wide)
 
     @classmethod
     def merged(
@@ -307,19 +302,12 @@ def write_segment(
         order_N, first_V = sort_contexts(tokens_N, vocab_size=vocab_size, threads=threads)
         file.put("tokens", tokens_N)
         file.put("order", order_N)
-        file.put("next", (tokens_N[order_N[i : i + _PART]] for i in range(0, len(order_N), _PART)))
-        del order_N
-        for name, array in _occurring(first_V).items():
-            file.put(name, array)
-        heavy, nodes = heavy_nodes(
-            tokens_N, file.section("order"), file.section("next"), end=vocab_size, heavy=heavy, wide=wide,
-            most_order=MAX_ORDER,
-        )  # fmt: skip
-        for name, array in {
-            **nodes,
-            **facts,
-            "tokenizer": np.frombuffer(tokenizer.encode(), np.uint8),
-        }.items():
+        file.put("next", (gather(tokens_N, order_N[i : i + _PART]) for i in range(0, len(order_N), _PART)))
+        node_H2 = wide_intervals(tokens_N, order_N, end=vocab_size, wide=wide, most_order=MAX_ORDER)
+        del tokens_N, order_N
+        heavy, nodes = nodes_of(node_H2, file.section("next"), end=vocab_size, heavy=heavy)
+        text = np.frombuffer(tokenizer.encode(), np.uint8)
+        for name, array in {**_occurring(first_V), **nodes, **facts, "tokenizer": text}.items():
             file.put(name, array)
         file.finish(heavy=heavy, sync=sync)
     return Segment.open(path, verify="none")
@@ -348,8 +336,9 @@ def _gather(
     """The stream, and the sections about documents."""
     if not 1 <= vocab_size < 2**32 - 1:
         raise ConfigError(f"A segment has a vocabulary of 1 to 2^32 - 2 tokens; got {vocab_size:,}.")
-    dtype = token_dtype(vocab_size)
-    end, parts, ids, lines, hashes, at = np.array([vocab_size], dtype), [], [], [], [], [0]
+    # grown in place: parts of a gigabyte, once more as a whole, would be the peak of building
+    tokens_N = np.empty(0, token_dtype(vocab_size))
+    ids, lines, hashes, line_at, at = [], bytearray(), bytearray(), [0], [0]
     for document, tokens in pairs:
         given = np.asarray(tokens).reshape(-1)
         if given.size:
@@ -357,29 +346,32 @@ def _gather(
                 raise TokenIdError(
                     f"Token ids are whole numbers; document {document.id!r} has {given.dtype}."
                 )
-            if given.min() < 0 or given.max() >= vocab_size:
+            if given.max() >= vocab_size or (given.dtype.kind == "i" and given.min() < 0):
                 place = int(np.flatnonzero((given < 0) | (given >= vocab_size))[0])
                 raise TokenIdError(
                     f"Token id {given[place]} at place {place} of document {document.id!r} is outside the "
                     f"vocabulary of {vocab_size:,}."
                 )
-        parts += [given.astype(dtype, copy=False), end]
-        ids.append(document.id)
-        lines.append(document.to_line())
-        hashes.append(hashlib.sha256(given.astype("<u4").tobytes()).digest())
-        at.append(at[-1] + len(given) + 1)
-        if at[-1] >= MOST_TOKENS:
+        start, stop = at[-1], at[-1] + len(given)
+        if stop + 1 >= MOST_TOKENS:
             raise ConfigError(
-                f"A segment holds fewer than 2^31 tokens; these documents have {at[-1]:,} or more."
+                f"A segment holds fewer than 2^31 tokens; these documents have {stop + 1:,} or more."
             )
-    line_D1 = np.zeros(len(lines) + 1, np.uint64)
-    np.cumsum([len(line) for line in lines], out=line_D1[1:])
-    return np.concatenate(parts) if parts else np.empty(0, dtype), {
+        if stop >= len(tokens_N):
+            tokens_N.resize(max(stop + 1, len(tokens_N) * 9 // 8), refcheck=False)
+        tokens_N[start:stop], tokens_N[stop] = given, vocab_size
+        at.append(stop + 1)
+        ids.append(document.id)
+        lines += document.to_line()
+        line_at.append(len(lines))
+        hashes += hashlib.sha256(given.astype("<u4").tobytes()).digest()
+    tokens_N.resize(at[-1], refcheck=False)
+    return tokens_N, {
         "document_at": np.array(at, np.uint32),
-        "document_line": line_D1,
+        "document_line": np.array(line_at, np.uint64),
         "document_by_id": np.array(sorted(range(len(ids)), key=ids.__getitem__), np.uint32),
-        "document_sha256": np.frombuffer(b"".join(hashes), np.uint8),
-        "documents": np.frombuffer(b"".join(lines), np.uint8),
+        "document_sha256": np.frombuffer(hashes, np.uint8),
+        "documents": np.frombuffer(lines, np.uint8),
     }
 
 

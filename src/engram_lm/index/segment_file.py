@@ -100,7 +100,7 @@ class SegmentFile:
     def __init__(self, path: Path, file: int, beside: Path, vocab_size: int, wide: int) -> None:
         self.path, self._file, self._beside = path, file, beside
         self._vocab_size, self._wide = vocab_size, wide
-        self._rows: list[tuple[int, int]] = []
+        self._rows: list[tuple[int, int | None]] = []
         self._at = _aligned(_HEADER)
         self._done = False
 
@@ -124,9 +124,8 @@ class SegmentFile:
                 data = np.ascontiguousarray(part, _dtype(name, self._vocab_size)).reshape(-1).view(np.uint8)
                 _write(self._file, data, self._at + n_bytes)
                 n_bytes += len(data)
-            # what is in parts is read again rather than held
-            checksum = _xxh64(data if whole else self._mapped(self._at, n_bytes))
-        self._rows.append((n_bytes, checksum))
+        # what comes in parts is read again when everything is written
+        self._rows.append((n_bytes, _xxh64(data) if whole else None))
         self._at += _aligned(n_bytes)
 
     def _mapped(self, at: int, n_bytes: int) -> np.ndarray:
@@ -144,8 +143,12 @@ class SegmentFile:
 
     def finish(self, *, heavy: int, sync: Sync) -> None:
         """Write the header; sync the file ("file") and its directory ("all"); give the file its name."""
-        facts = Facts(vocab_size=self._vocab_size, heavy=heavy, wide=self._wide, rows=tuple(self._rows))
         with _refused(self.path):
+            rows = tuple(
+                (n_bytes, _xxh64(self.section(name)) if checksum is None else checksum)
+                for name, (n_bytes, checksum) in zip(SECTIONS, self._rows, strict=True)
+            )
+            facts = Facts(vocab_size=self._vocab_size, heavy=heavy, wide=self._wide, rows=rows)
             os.truncate(self._file, facts.file_bytes)
             _write(self._file, np.frombuffer(facts.to_bytes(), np.uint8), 0)
             if sync != "none":

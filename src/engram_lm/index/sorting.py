@@ -2,7 +2,8 @@
 
     order_N, first_V = sort_contexts(tokens_N, vocab_size=V)           # compiled; 34 M tokens in 5 s on two cores
     order_N = context_order(tokens_N, V)                               # the plain twin
-    heavy, nodes = heavy_nodes(tokens_N, order_N, next_N, end=V, heavy=8192, wide=256, most_order=64)
+    node_H2 = wide_intervals(tokens_N, order_N, end=V, wide=256, most_order=64)
+    heavy, nodes = nodes_of(node_H2, next_N, end=V, heavy=8192)
 
 N positions, V tokens, H heavy intervals ("nodes"), C their continuations.
 """
@@ -53,24 +54,23 @@ def sort_contexts(
     return order_N, first_V
 
 
-def heavy_nodes(
-    tokens_N: np.ndarray,
-    order_N: np.ndarray,
-    next_N: np.ndarray,
-    *,
-    end: int,
-    heavy: int,
-    wide: int,
-    most_order: int,
+def wide_intervals(
+    tokens_N: np.ndarray, order_N: np.ndarray, *, end: int, wide: int, most_order: int
+) -> np.ndarray:
+    """Intervals of up to `most_order` tokens with more than `wide` positions, by (low, -high): uint32 [H, 2]."""
+    node_H2 = heavy_kernels.find_nodes(tokens_N, order_N, end, wide, most_order)
+    return node_H2[np.lexsort((-node_H2[:, 1], node_H2[:, 0]))].astype(np.uint32)
+
+
+def nodes_of(
+    node_H2: np.ndarray, next_N: np.ndarray, *, end: int, heavy: int
 ) -> tuple[int, dict[str, np.ndarray]]:
-    """Intervals of up to `most_order` tokens with more than `wide` positions, how many different tokens follow each, and
-    which and how often where they have more than `heavy`: the sections "node_..." of docs/index.md.
+    """How many different tokens follow each interval, and which and how often where it has more than `heavy` positions: the
+    sections "node_..." of docs/index.md.
 
     `heavy` is doubled, and returned, until what follows takes no more bytes than a quarter of tokens, order and next.
     """
-    node_H2 = heavy_kernels.find_nodes(tokens_N, order_N, end, wide, most_order)
-    node_H2 = node_H2[np.lexsort((-node_H2[:, 1], node_H2[:, 0]))]
-    low_H, high_H = (np.ascontiguousarray(node_H2[:, i], np.uint32) for i in range(2))
+    low_H, high_H = (np.ascontiguousarray(node_H2[:, i]) for i in range(2))
     distinct_H = np.empty(len(low_H), np.uint32)
     heavy_kernels.count_distinct(next_N, low_H, high_H, end, distinct_H)
     itemsize = next_N.itemsize
@@ -134,7 +134,7 @@ def _tied(start_G: np.ndarray, n: int) -> np.ndarray:
     return np.flatnonzero(np.repeat(length_G > 1, length_G))
 
 
-def heavy_nodes_plain(
+def nodes_plain(
     tokens_N: np.ndarray,
     order_N: np.ndarray,
     next_N: np.ndarray,

@@ -1,6 +1,6 @@
 """Intervals too long to count at every query, and the counts of what follows them (docs/index.md).
 
-The twin is `index.sorting.heavy_nodes_plain`.
+The twin is `index.sorting.nodes_plain`.
 """
 
 import numpy as np
