@@ -1,0 +1,53 @@
+"""Memory mixed into any model's distribution: P = (1 - lambda) P_model + lambda P_memory (docs/mixing.md).
+
+    from engram_lm.mixing import default_gate, memory_processor, rules_of, score
+    processor = memory_processor(snapshot, default_gate("smollm2"), input_ids, attention_mask,
+                                 tokenizer=tokenizer, model=model)
+    model.generate(input_ids, attention_mask=attention_mask, logits_processor=[processor])
+    score(model, ids, snapshot, default_gate("smollm2"), rules=rules_of(tokenizer, model, snapshot)).perplexity()
+
+    mix.py, onepass.py   the equation, its kernels and its plain twin; which tokens memory may speak of
+    reading.py           look-ups as evidence
+    features.py, gate.py lambda from evidence; gate files
+    fit.py               fitting and bounding a gate
+    scoring.py           whole texts (torch)
+    processor.py         transformers' generate (torch); trace.py, what it records
+    identity.py          which model and tokenizer
+
+Names load what they need when first used.
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "FixedLambda": "gate",
+    "Gate": "gate",
+    "Reading": "gate",
+    "default_gate": "gate",
+    "TokenRules": "mix",
+    "token_rules": "mix",
+    "MemoryStep": "trace",
+    "summary": "trace",
+    "MemoryProcessor": "processor",
+    "memory_processor": "processor",
+    "require_identity": "identity",
+    "rules_of": "identity",
+    "Scored": "scoring",
+    "score": "scoring",
+    "Examples": "fit",
+    "calibrate": "fit",
+    "fit_gate": "fit",
+}
+
+__all__ = [*_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engram_lm.mixing' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"engram_lm.mixing.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

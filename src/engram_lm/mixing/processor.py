@@ -1,0 +1,214 @@
+"""Memory in transformers' `generate`: a logits processor, built anew for every call.
+
+    processor = memory_processor(snapshot, gate, input_ids, attention_mask, tokenizer=tokenizer, model=model)
+    output = model.generate(input_ids, attention_mask=attention_mask, logits_processor=[processor])
+    processor.steps(output)                      # MemoryStep of every generated token
+
+Where it stands (transformers 5.23, `_get_logits_processor`): after classifier-free guidance, sequence bias, repetition
+penalties, no-repeat n-grams, bad words, minimum lengths, prefix constraints, forced and suppressed tokens; before
+temperature, top-h/k/p, min-p, typical, epsilon, eta, watermark and `renormalize_logits`. So penalties weaken what the
+model says, not what memory says; tokens forbidden outright (-inf) stay forbidden; temperature and cut-offs see the mixture.
+Other processors in the same `logits_processor` list keep the order of that list.
+
+Contexts come from `input_ids` at every step, so beams may be reordered, rows repeated (`num_return_sequences`) and
+candidates of assisted decoding looked at. Padding is known from the attention mask of the prompt. A row where lambda is 0
+or nothing is found keeps its bits. Needs torch; not transformers.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from engram_lm.errors import ConfigError, StateError
+from engram_lm.mixing import onepass
+from engram_lm.mixing.features import features
+from engram_lm.mixing.gate import Lambda
+from engram_lm.mixing.identity import require_identity, rules_of
+from engram_lm.mixing.mix import TokenRules, mix
+from engram_lm.mixing.reading import Memory, evidence, read_next
+from engram_lm.mixing.trace import MemoryStep
+
+if TYPE_CHECKING:
+    from engram_lm.index.snapshot import Snapshot
+
+
+class _Row(NamedTuple):
+    """A step's look-up of one row, kept until the next step tells which token was chosen."""
+
+    key: tuple[int, int]
+    q_M: np.ndarray
+    logits_V: torch.Tensor
+    lam: float
+    kept: float
+    lse: float
+    space: str
+    memory: Memory
+    micro_seconds: float
+
+
+class MemoryProcessor:
+    """See the module; made by `memory_processor`."""
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        gate: Lambda,
+        prompts: list[np.ndarray],
+        prompt_length: int,
+        rules: TokenRules,
+        record: Literal["steps", "nothing"],
+    ) -> None:
+        self.snapshot, self.gate, self.rules = snapshot, gate, rules
+        self._prompts, self._prompt_length, self._record = prompts, prompt_length, record
+        self._buffers: list[list[np.ndarray]] = [[], []]
+        self._turn = 0
+        self._last: list[_Row] = []
+        self._steps: dict[tuple[int, int], MemoryStep] = {}
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Logits [N, V] of the next token after input_ids [N, T] -> logits of the mixture."""
+        ids_NT = input_ids.detach().cpu().numpy()
+        N, B = len(ids_NT), len(self._prompts)
+        if N % B or ids_NT.shape[1] < self._prompt_length:
+            raise StateError(
+                f"This processor was built for {B} prompts of {self._prompt_length} tokens; generate has {N} rows of "
+                f"{ids_NT.shape[1]}. Build one for every call, from the same input_ids."
+            )
+        if scores.shape[-1] != self.rules.n_logits:
+            raise ConfigError(
+                f"The model has {scores.shape[-1]:,} logits, the processor was built for {self.rules.n_logits:,}."
+            )
+        contexts = [
+            np.concatenate([self._prompts[r // (N // B)], ids_NT[r, self._prompt_length :]]) for r in range(N)
+        ]
+        if self._record == "steps":
+            self._close_steps(contexts)
+        if not self.snapshot.n_tokens:
+            self._last = []
+            return scores
+        logits_NV = scores.detach().float().cpu().contiguous()
+        self._turn ^= 1  # the buffers of the step before are still needed for its records
+        mixed_rows, self._last = [], []
+        for r, context in enumerate(contexts):
+            mixed = self._row(r, context, logits_NV[r], ids_NT.shape[1] - self._prompt_length)
+            if mixed is not None:
+                mixed_rows.append((r, mixed))
+        if not mixed_rows:
+            return scores
+        out = scores.clone()
+        for r, mixed in mixed_rows:
+            out[r] = torch.from_numpy(mixed).to(out.device, out.dtype)
+        return out
+
+    def steps(self, sequences: Any) -> list[list[MemoryStep | None]]:
+        """A record for every generated token of what `generate` returned; None where there is none: padding behind an
+        end, and the last token of a beam that had ended before others did."""
+        if self._record == "nothing":
+            raise ConfigError('This processor was built with record="nothing".')
+        ids_NT = torch.as_tensor(getattr(sequences, "sequences", sequences)).cpu().numpy()
+        N, B, start = len(ids_NT), len(self._prompts), self._prompt_length
+        contexts = [np.concatenate([self._prompts[r // (N // B)], ids_NT[r, start:]]) for r in range(N)]
+        self._close_steps(contexts)
+        found = []
+        for context, row in zip(contexts, ids_NT, strict=True):
+            n = len(context) - (len(row) - start)
+            keys = [_key(context[: n + i + 1]) for i in range(len(row) - start)]
+            found.append([self._steps.get(key) for key in keys])
+        return found
+
+    # ---- inside -------------------------------------------------------------------------------------------------------
+
+    def _row(self, r: int, context: np.ndarray, logits_V: torch.Tensor, generated: int) -> np.ndarray | None:
+        """The mixture of one row, or None where it is the model's own distribution."""
+        start = time.perf_counter()
+        buffers = self._buffers[self._turn]
+        while len(buffers) <= r:
+            buffers.append(np.empty(self.snapshot.vocab_size + 1, np.float32))
+        q, memory = read_next(self.snapshot, context, self.rules, self.gate.reading, out=buffers[r])
+        row_V = logits_V.numpy()
+        at, most, lse, entropy = onepass.survey(row_V)
+        top = int(memory.top[0])
+        of_top = row_V[top] - lse if top >= 0 else -np.inf
+        survey = np.array([[0.0, of_top, entropy, most - lse, at, lse]])
+        lam = 0.0
+        if memory.count[0] and np.isfinite(lse):
+            seen = features(evidence(memory, survey, generated=generated), tokens=self.snapshot.n_tokens)
+            lam = float(self.gate.lambdas(seen)[0])
+        mixed = np.empty_like(row_V) if lam else row_V
+        mixture = mix(row_V, q, lam=lam, out=mixed, space=self.gate.space, lse=lse)
+        if self._record == "steps":
+            spent = (time.perf_counter() - start) * 1e6
+            self._last.append(
+                _Row(
+                    _key(context), q, logits_V, mixture.lam, mixture.kept, lse, self.gate.space, memory, spent
+                )
+            )
+        return mixed if mixture.lam else None
+
+    def _close_steps(self, contexts: list[np.ndarray]) -> None:
+        """Now that the chosen tokens are known, write the records of the step before."""
+        before = {row.key: row for row in self._last}
+        for context in contexts:
+            row = before.get(_key(context[:-1])) if len(context) else None
+            if row is not None:
+                self._steps[_key(context)] = _step(row, int(context[-1]), position=len(context) - 1)
+
+
+def _step(row: _Row, token: int, *, position: int) -> MemoryStep:
+    p_memory = float(row.q_M[token]) / row.kept if token < len(row.q_M) and row.kept > 0 else 0.0
+    p_model = float(np.exp(float(row.logits_V[token]) - row.lse))
+    p = (1 - row.lam) * p_model + row.lam * p_memory
+    parts = row.space == "linear"
+    if not parts and row.lam:
+        out = np.empty(len(row.logits_V), np.float32)
+        mix(row.logits_V.numpy(), row.q_M, lam=row.lam, out=out, space="log", lse=row.lse)
+        p = float(np.exp(float(out[token]) - row.lse))
+    return MemoryStep(
+        position=position, token_id=token, lam=row.lam, p_memory=p_memory, p_model=p_model, p=p,
+        responsibility=(row.lam * p_memory / p if p else 0.0) if parts else None,
+        depth=int(row.memory.depth[0]), count=int(row.memory.count[0]), documents=int(row.memory.documents[0]),
+        micro_seconds=row.micro_seconds,
+    )  # fmt: skip
+
+
+def _key(context: np.ndarray) -> tuple[int, int]:
+    return len(context), hash(np.ascontiguousarray(context, np.int64).tobytes())
+
+
+def memory_processor(
+    snapshot: Snapshot,
+    gate: Lambda,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    tokenizer: Any = None,
+    model: Any = None,
+    rules: TokenRules | None = None,
+    end: Literal["eos", "nothing"] = "eos",
+    record: Literal["steps", "nothing"] = "steps",
+) -> MemoryProcessor:
+    """A processor for one call of `generate` with these input_ids, int [B, T], and this attention mask.
+
+    tokenizer, model: of the call; the gate and the token rules are checked against and made from them, unless `rules`
+    is given. end: whether the index's END speaks for the end-of-text token, so that memory can end a text.
+    """
+    ids_BT = torch.as_tensor(input_ids)
+    if ids_BT.dim() != 2 or ids_BT.shape[0] == 0:
+        raise ConfigError(
+            f"input_ids are [batch, tokens], at least one row; got shape {tuple(ids_BT.shape)}."
+        )
+    if rules is None:
+        rules = rules_of(tokenizer, model, snapshot, end=end)
+    require_identity(gate, tokenizer=tokenizer, model=model)
+    keep_BT = torch.ones_like(ids_BT) if attention_mask is None else torch.as_tensor(attention_mask)
+    if keep_BT.shape != ids_BT.shape:
+        raise ConfigError(
+            f"The attention mask has shape {tuple(keep_BT.shape)}, input_ids {tuple(ids_BT.shape)}."
+        )
+    rows, keep = ids_BT.cpu().numpy().astype(np.int64), keep_BT.cpu().numpy() != 0
+    prompts = [row[kept] for row, kept in zip(rows, keep, strict=True)]
+    return MemoryProcessor(snapshot, gate, prompts, rows.shape[1], rules, record)
