@@ -6,57 +6,30 @@ found = snapshot.distribution(context)                 # found.p: float32 [V + 1
 scores = snapshot.score(ids)                           # P of every token of a prompt given those before it
 """
 
+import itertools
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from engram_lm.errors import ConfigError, TokenIdError
 from engram_lm.index.segment import MAX_ORDER, Document, Segment
+from engram_lm.index.views import Count, View, dead_ranks
+from engram_lm.kernels import chain, walks
+
+__all__ = ["Count", "Found", "LiveMatch", "Orders", "Scores", "Snapshot", "View", "dead_ranks"]
 
 DISCOUNT = 0.75
-MOST_DOCUMENTS = 64  # documents of a match are counted up to here
+MOST_ORDER = 2**16 - 1
 
 Orders = Literal["all", "longest"]
-Count = Literal["tokens", "documents", "sources"]
 
-
-class View:
-    """A segment and which of its documents are deleted.
-
-    dead_rank: uint32, ascending: the places in `segment.order` whose position belongs to a deleted document, its END
-    included; worked out from `dead_documents` (numbers) where it is not given.
-    """
-
-    def __init__(
-        self, segment: Segment, dead_rank: np.ndarray | None = None, dead_documents: Iterable[int] = ()
-    ) -> None:
-        self.segment = segment
-        self.dead_documents = frozenset(int(number) for number in dead_documents)
-        if dead_rank is None:
-            dead_rank = dead_ranks(segment, self.dead_documents)
-        self.dead_rank = np.ascontiguousarray(dead_rank, np.uint32)
-
-    def without(self, number: int) -> "View":
-        """The same segment with one more document deleted."""
-        if number in self.dead_documents:
-            return self
-        more = dead_ranks(self.segment, [number])
-        return View(
-            self.segment, np.sort(np.concatenate([self.dead_rank, more])), self.dead_documents | {number}
-        )
-
-
-def dead_ranks(segment: Segment, document_numbers: Iterable[int]) -> np.ndarray:
-    """Places in `segment.order`, ascending, of the positions of these documents: what `View` hides. uint32."""
-    dead_D = np.zeros(segment.n_documents, bool)
-    for number in document_numbers:
-        if not 0 <= number < segment.n_documents:
-            raise ConfigError(f"There is no document {number}; this segment has {segment.n_documents}.")
-        dead_D[number] = True
-    dead_N = np.repeat(dead_D, np.diff(segment.document_at.astype(np.int64)))
-    return np.flatnonzero(dead_N[segment.order]).astype(np.uint32)
+_MOST_PAIRS = 2**21
+_MOST_SPACES, _MOST_WORKS, _MOST_DISCOUNTS = 16, 4, 4
+_serials = itertools.count(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +72,18 @@ class Found:
 class Scores:
     """For every token of a prompt, what memory said before it came; all [T], row t given ids[:t] alone.
 
-    p: float32, of the token that came. depth, count, distinct, documents, top: int64; top_p, entropy: float32: of the
-    longest match, as in `Found`.
+    p: float32, of the token that came. depth, count, distinct, documents, top_token: int64; top_p, entropy: float32: of
+    the longest match, as in `Found`. count_below, distinct_below: int64, of the match without its first token.
     """
 
     p: np.ndarray
     depth: np.ndarray
     count: np.ndarray
     distinct: np.ndarray
+    count_below: np.ndarray
+    distinct_below: np.ndarray
     documents: np.ndarray
-    top: np.ndarray
+    top_token: np.ndarray
     top_p: np.ndarray
     entropy: np.ndarray
 
@@ -123,53 +98,55 @@ class Snapshot:
                 raise ConfigError(
                     f"A segment of {view.segment.vocab_size:,} tokens cannot stand beside ones of {vocab_size:,}."
                 )
+        self._tables: dict[tuple[Count, int], _Table] = {}
+        self._plain = self._table("tokens", None)
 
     @property
     def end(self) -> int:
         """The id that ends a document."""
         return self.vocab_size
 
-    def __len__(self) -> int:
+    @cached_property
+    def n_tokens(self) -> int:
         """Live tokens, ENDs included."""
-        return sum(len(view.segment) - len(view.dead_rank) for view in self.views)
+        return sum(view.n_tokens for view in self.views)
 
-    @property
+    @cached_property
     def n_documents(self) -> int:
         """Live documents."""
-        return sum(view.segment.n_documents - len(view.dead_documents) for view in self.views)
+        return sum(view.n_documents for view in self.views)
 
     # ---- questions ----------------------------------------------------------------------------------------------------
 
     def match(self, context: Sequence[int] | np.ndarray, *, max_order: int = MAX_ORDER) -> LiveMatch:
         """The longest suffix of `context` (token ids, oldest first) that occurs, and every shorter one."""
-        context = _ids(context)
-        low_SD = np.zeros((len(self.views), max_order + 1), np.int64)
-        high_SD = np.zeros_like(low_SD)
-        counts = np.zeros(max_order + 1, np.int64)
-        for s, view in enumerate(self.views):
-            found = view.segment.match(context, max_order=max_order)
-            dead = np.searchsorted(view.dead_rank, found.high) - np.searchsorted(view.dead_rank, found.low)
-            live = found.high - found.low - dead
-            n = int(np.count_nonzero(live))
-            low_SD[s, :n], high_SD[s, :n] = found.low[:n], found.high[:n]
-            counts[:n] += live[:n]
-        depth = max(int(np.count_nonzero(counts)) - 1, 0)
+        _, space, context_K, n = self._begin(context, max_order)
+        depth = walks.walk(self._plain.rows, context_K, n, max_order, self.end, *space[:3])
         return LiveMatch(
-            counts=counts[: depth + 1], low_SD=low_SD[:, : depth + 1], high_SD=high_SD[:, : depth + 1]
+            counts=space.live_D[: depth + 1].copy(),
+            low_SD=space.low_SD[:, : depth + 1].copy(),
+            high_SD=space.high_SD[:, : depth + 1].copy(),
         )
 
     def continuations(self, match: LiveMatch, order: int) -> tuple[np.ndarray, np.ndarray]:
         """What followed the last `order` tokens: ids ascending (END: vocab_size) and how often, both int64."""
-        count_V = self._histogram(match, order)
-        token_I = np.flatnonzero(count_V)
-        return token_I, count_V[token_I]
+        if not 0 <= order <= match.depth:
+            raise ConfigError(f"This match has the orders 0..{match.depth}; got {order}.")
+        work = _work_of(self.vocab_size)
+        n = chain.continuations(
+            self._plain.rows, order, match.low_SD, match.high_SD, self.end, *work.counts, *work.sparse
+        )
+        return work.token_V[:n].copy(), work.out_V[:n].copy()
 
     def longest(
         self, context: Sequence[int] | np.ndarray, *, max_order: int = MAX_ORDER
     ) -> tuple[int, np.ndarray, np.ndarray]:
         """How many of the last tokens of `context` occur, what followed them (ids ascending) and how often."""
-        match = self.match(context, max_order=max_order)
-        return match.depth, *self.continuations(match, match.depth)
+        work, space, context_K, n = self._begin(context, max_order)
+        depth, n = chain.longest(
+            self._plain.rows, context_K, n, max_order, self.end, *space[:3], *work.counts, *work.sparse
+        )
+        return depth, work.token_V[:n].copy(), work.out_V[:n].copy()
 
     def distribution(
         self,
@@ -180,32 +157,27 @@ class Snapshot:
         discount: float = DISCOUNT,
         orders: Orders = "all",
         count: Count = "tokens",
-        cap: int = 1,
+        cap: int | None = None,
     ) -> Found:
         """The probability of every token and of END after `context`; written to `out` (float32 [V + 1]) where given."""
-        match = self.match(context, max_order=max_order)
-        p = np.full(self.vocab_size + 1, 1 / (self.vocab_size + 1))
-        distinct_D = np.zeros(match.depth + 1, np.int64)
-        for d in range(match.depth + 1):
-            raw_V = self._histogram(match, d)
-            count_V = self._histogram(match, d, count, cap) if d else raw_V
-            distinct_D[d] = np.count_nonzero(raw_V)
-            total = count_V.sum()
-            if not total:
-                p[:] = 0
-            elif orders == "longest":
-                p = count_V / total
-            else:
-                p = np.maximum(count_V - discount, 0) / total + discount * distinct_D[d] / total * p
-        out = np.empty(self.vocab_size + 1, np.float32) if out is None else out
-        out[:] = p
-        share_I = count_V[count_V > 0] / max(count_V.sum(), 1)
-        top = int(count_V.argmax()) if len(share_I) else -1
-        holders = sum(len(numbers) for numbers, _ in self._numbers_of(match, match.depth))
+        table = self._asked(max_order, discount, orders, count, cap)
+        if out is None:
+            out = np.empty(self.vocab_size + 1, np.float32)
+        elif out.dtype != np.float32 or out.shape != (self.vocab_size + 1,) or not out.flags.carray:
+            raise ConfigError(
+                f"Probabilities are float32 [{self.vocab_size + 1:,}], one after another; got {out.dtype} {out.shape}."
+            )
+        work, space, context_K, n = self._begin(context, max_order)
+        zero = self._zero
+        depth = chain.distribution(
+            table.rows, context_K, n, max_order, self.end, discount, orders == "longest", table.serial, *space[:5],
+            *work.counts[:2], work.part_V, *work.pairs_of(table), work.memo_M7, work.memo_M, zero.integers, zero.numbers,
+            zero.count_V, self._p_of_order_0(discount), out, work.fact_I, work.fact_F,
+        )  # fmt: skip
+        top, documents = work.fact_I.tolist()
         return Found(
-            p=out, depth=match.depth, count_D=match.counts, distinct_D=distinct_D,
-            documents=min(holders, MOST_DOCUMENTS), top=(top, float(out[top]) if top >= 0 else 0.0),
-            entropy=float(-(share_I * np.log(share_I)).sum()),
+            p=out, depth=depth, count_D=space.live_D[: depth + 1].copy(), distinct_D=space.distinct_D[: depth + 1].copy(),
+            documents=documents, top=(top, float(out[top]) if top >= 0 else 0.0), entropy=float(work.fact_F[0]),
         )  # fmt: skip
 
     def score(
@@ -216,38 +188,42 @@ class Snapshot:
         discount: float = DISCOUNT,
         orders: Orders = "all",
         count: Count = "tokens",
-        cap: int = 1,
+        cap: int | None = None,
     ) -> Scores:
-        """P of ids[t] given ids[:t] for every t, and what the match before it was like."""
-        ids = _ids(ids)
-        T = len(ids)
-        scores = Scores(
-            p=np.zeros(T, np.float32), depth=np.zeros(T, np.int64), count=np.zeros(T, np.int64),
-            distinct=np.zeros(T, np.int64), documents=np.zeros(T, np.int64), top=np.zeros(T, np.int64),
-            top_p=np.zeros(T, np.float32), entropy=np.zeros(T, np.float32),
+        """P of ids[t] given ids[:t] for every t, and what the match before it was like. END may be among the ids.
+
+        An id outside the vocabulary has no probability (0) and matches nothing.
+        """
+        table = self._asked(max_order, discount, orders, count, cap)
+        id_T = _ids(ids).copy()
+        self._begin((), max_order)
+        work = _work_of(self.vocab_size)
+        low_3SD, high_3SD = np.zeros((2, 3, len(self.views), max_order + 2), np.int64)
+        integer_7T, number_3T = np.zeros((7, len(id_T)), np.int64), np.zeros((3, len(id_T)), np.float32)
+        zero = self._zero
+        chain.score(
+            table.rows, id_T, max_order, self.end, discount, orders == "longest", table.serial, low_3SD, high_3SD,
+            np.zeros((3, max_order + 2), np.int64), np.zeros((len(self.views), 2), np.int64), *work.counts[:2],
+            *work.pairs_of(table), work.memo_M7, work.memo_M, zero.integers, zero.numbers, zero.count_V, integer_7T,
+            number_3T,
         )  # fmt: skip
-        for t in range(T):
-            found = self.distribution(
-                ids[max(0, t - max_order) : t],
-                max_order=max_order,
-                discount=discount,
-                orders=orders,
-                count=count,
-                cap=cap,
-            )
-            scores.p[t] = found.p[ids[t]] if 0 <= ids[t] <= self.vocab_size else 0
-            scores.depth[t], scores.count[t] = found.depth, found.count_D[-1]
-            scores.distinct[t], scores.documents[t] = found.distinct_D[-1], found.documents
-            (scores.top[t], scores.top_p[t]), scores.entropy[t] = found.top, found.entropy
-        return scores
+        depth, n, distinct, n_below, distinct_below, documents, top_token = integer_7T
+        return Scores(
+            p=number_3T[0], depth=depth, count=n, distinct=distinct, count_below=n_below, distinct_below=distinct_below,
+            documents=documents, top_token=top_token, top_p=number_3T[1], entropy=number_3T[2],
+        )  # fmt: skip
 
     def documents_of(self, match: LiveMatch, order: int, *, limit: int = 10) -> list[tuple[Document, int]]:
         """Documents in which the last `order` tokens occur, each with how often, most often first."""
-        found = [
-            (-int(n), s, int(number))
-            for s, (number_I, count_I) in enumerate(self._numbers_of(match, order))
-            for number, n in zip(number_I, count_I, strict=True)
-        ]
+        found = []
+        for s, view in enumerate(self.views):
+            low, high = int(match.low_SD[s, order]), int(match.high_SD[s, order])
+            begin, end = np.searchsorted(view.dead_rank, (low, high))
+            live_I = np.delete(view.segment.order[low:high], view.dead_rank[begin:end].astype(np.int64) - low)
+            number_I = np.searchsorted(view.segment.document_at, live_I, "right") - 1
+            number_U, n_U = np.unique(number_I, return_counts=True)
+            first = np.argsort(-n_U, kind="stable")[:limit]
+            found += [(-int(n_U[i]), s, int(number_U[i])) for i in first]
         return [(self.views[s].segment.document(number), -n) for n, s, number in sorted(found)[:limit]]
 
     # ---- other snapshots ----------------------------------------------------------------------------------------------
@@ -272,50 +248,160 @@ class Snapshot:
 
     def _place(self, document_id: str) -> tuple[int, int]:
         for s, view in enumerate(self.views):
-            for number in range(view.segment.n_documents):
-                if number not in view.dead_documents and view.segment.document(number).id == document_id:
-                    return s, number
+            number = view.number_of(document_id)
+            if number >= 0:
+                return s, number
         raise ConfigError(f"There is no document {document_id!r} here.")
 
-    # ---- counting -----------------------------------------------------------------------------------------------------
+    # ---- what compiled code is given ----------------------------------------------------------------------------------
 
-    def _live(self, s: int, match: LiveMatch, order: int) -> np.ndarray:
-        low, high = match.low_SD[s, order], match.high_SD[s, order]
-        return np.setdiff1d(np.arange(low, high), self.views[s].dead_rank, assume_unique=True)
+    def _begin(
+        self, context: Sequence[int] | np.ndarray, max_order: int
+    ) -> tuple["_Work", "_Space", np.ndarray, int]:
+        if not 0 <= max_order <= MOST_ORDER:
+            raise ConfigError(f"max_order is 0..{MOST_ORDER}; got {max_order}.")
+        work = _work_of(self.vocab_size)
+        space = work.space_of(len(self.views), max_order)
+        last = _ids(context[-max_order:] if max_order else ())
+        space.context_K[: len(last)] = last
+        return work, space, space.context_K, len(last)
 
-    def _numbers_of(self, match: LiveMatch, order: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        found = []
-        for s, view in enumerate(self.views):
-            position_I = view.segment.order[self._live(s, match, order)]
-            number_I = np.searchsorted(view.segment.document_at, position_I, "right") - 1
-            found.append(np.unique(number_I, return_counts=True))
-        return found
+    def _asked(
+        self, max_order: int, discount: float, orders: Orders, count: Count, cap: int | None
+    ) -> "_Table":
+        if not 0 < discount < 1:
+            raise ConfigError(f"A discount lies between 0 and 1; got {discount}.")
+        if orders not in ("all", "longest"):
+            raise ConfigError(f'orders is "all" or "longest"; got {orders!r}.')
+        if count != "tokens" and max_order > MAX_ORDER:
+            raise ConfigError(
+                f'count="{count}" looks at {MAX_ORDER} tokens of context at most; got {max_order}.'
+            )
+        return self._plain if count == "tokens" and cap is None else self._table(count, cap)
 
-    def _histogram(self, match: LiveMatch, order: int, count: Count = "tokens", cap: int = 1) -> np.ndarray:
+    def _table(self, count: Count, cap: int | None) -> "_Table":
+        key = (count, 1 if cap is None else cap)
+        if key not in self._tables:
+            if count not in ("tokens", "documents", "sources"):
+                raise ConfigError(f'count is "tokens", "documents" or "sources"; got {count!r}.')
+            if count == "tokens" and cap is not None:
+                raise ConfigError('A cap is for count="documents" or "sources"; all tokens are counted.')
+            if not 1 <= key[1] < 2**31:
+                raise ConfigError(f"A cap is 1 or more; got {cap}.")
+            rows = np.array([view.row(*key) for view in self.views], np.int64).reshape(-1, walks.ROW)
+            n_pairs = 0
+            if count != "tokens":
+                read = sum(min(len(view.segment), view.segment.heavy) for view in self.views)
+                n_pairs = 1 << (2 * read + 1).bit_length()
+                if n_pairs > _MOST_PAIRS:
+                    raise ConfigError(
+                        f"{len(rows)} segments that are read up to {read:,} tokens at once are too many to count documents: "
+                        "merge them, or write them with a smaller heavy."
+                    )
+            self._tables.setdefault(key, _Table(rows, next(_serials), n_pairs))
+        return self._tables[key]
+
+    @cached_property
+    def _zero(self) -> "_Zero":
         count_V = np.zeros(self.vocab_size + 1, np.int64)
-        for s, view in enumerate(self.views):
-            segment, rank_I = view.segment, self._live(s, match, order)
-            token_I = segment.next[rank_I].astype(np.int64)
-            if count == "tokens":
-                count_V += np.bincount(token_I, minlength=len(count_V))
-                continue
-            number_I = np.searchsorted(segment.document_at, segment.order[rank_I], "right") - 1
-            if count == "sources":
-                number_I = _groups(segment)[number_I]
-            pair_U, n_U = np.unique(number_I * len(count_V) + token_I, return_counts=True)
-            np.add.at(count_V, pair_U % len(count_V), np.minimum(n_U, cap))
-        return count_V
+        for view in self.views:
+            count_V += view.unigrams()
+        positive = count_V[count_V > 0]
+        total, top = int(count_V.sum()), int(count_V.argmax())
+        integers = [total, len(positive), top if total else -1, min(self.n_documents, chain.MOST_DOCUMENTS)]
+        entropy = np.log(total) - (positive * np.log(positive)).sum() / total if total else 0.0
+        return _Zero(np.array(integers, np.int64), np.array([max(entropy, 0.0)]), count_V, {})
+
+    def _p_of_order_0(self, discount: float) -> np.ndarray:
+        zero = self._zero
+        p_V = zero.p_V.get(discount)
+        if p_V is None:
+            total, distinct = zero.integers[:2]
+            rest = discount * distinct / (self.vocab_size + 1)
+            p_V = ((np.maximum(zero.count_V - discount, 0) + rest) / max(total, 1)).astype(np.float32)
+            if len(zero.p_V) >= _MOST_DISCOUNTS:
+                zero.p_V.clear()
+            zero.p_V[discount] = p_V
+        return p_V
 
 
-def _groups(segment: Segment) -> np.ndarray:
-    """Documents of one source have one number; a document without a source is its own."""
-    first: dict[str, int] = {}
-    facts = [segment.document(number) for number in range(segment.n_documents)]
-    return np.array([first.setdefault(d.source, n) if d.source else n for n, d in enumerate(facts)], np.int64)
+class _Table(NamedTuple):
+    """rows: int64 [S, ROW]. serial: of what is remembered about it. n_pairs: room for documents and tokens."""
+
+    rows: np.ndarray
+    serial: int
+    n_pairs: int
+
+
+class _Zero(NamedTuple):
+    """Order 0: total, distinct, top token, documents; entropy; counts; probabilities by discount."""
+
+    integers: np.ndarray
+    numbers: np.ndarray
+    count_V: np.ndarray
+    p_V: dict[float, np.ndarray]
+
+
+class _Space(NamedTuple):
+    """Room for the intervals of S segments and D orders."""
+
+    low_SD: np.ndarray
+    high_SD: np.ndarray
+    live_D: np.ndarray
+    distinct_D: np.ndarray
+    read_S2: np.ndarray
+    context_K: np.ndarray
+
+
+class _Work:
+    """Room to count in, one a thread and vocabulary: what is counted with is zero again after each call."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.count_V, self.touched_V = np.zeros((2, vocab_size + 1), np.int64)
+        self.part_V = np.zeros(vocab_size + 1)
+        self.token_V, self.out_V = np.empty((2, vocab_size + 1), np.int64)
+        self.pairs_P4, self.state = np.zeros((2, 4), np.int64), np.zeros(2, np.int64)
+        self.memo_M7, self.memo_M = np.zeros((chain.MEMO, 7), np.int64), np.zeros(chain.MEMO)
+        self.fact_I, self.fact_F = np.zeros(2, np.int64), np.zeros(1)
+        self.counts = (self.count_V, self.touched_V, self.pairs_P4, self.state)
+        self.sparse = (self.token_V, self.out_V)
+        self._spaces: dict[tuple[int, int], _Space] = {}
+
+    def space_of(self, n_segments: int, max_order: int) -> _Space:
+        space = self._spaces.get((n_segments, max_order))
+        if space is None:
+            if len(self._spaces) >= _MOST_SPACES:
+                self._spaces.clear()
+            low_SD, high_SD = np.zeros((2, n_segments, max_order + 1), np.int64)
+            live_D, distinct_D, context_K = np.zeros((3, max_order + 1), np.int64)
+            space = _Space(
+                low_SD, high_SD, live_D, distinct_D, np.zeros((n_segments, 2), np.int64), context_K
+            )
+            self._spaces[n_segments, max_order] = space
+        return space
+
+    def pairs_of(self, table: _Table) -> tuple[np.ndarray, np.ndarray]:
+        if len(self.pairs_P4) < table.n_pairs:
+            self.pairs_P4 = np.zeros((table.n_pairs, 4), np.int64)
+        return self.pairs_P4, self.state
+
+
+_LOCAL = threading.local()
+
+
+def _work_of(vocab_size: int) -> _Work:
+    try:
+        return _LOCAL.works[vocab_size]
+    except (AttributeError, KeyError):
+        if not hasattr(_LOCAL, "works") or len(_LOCAL.works) >= _MOST_WORKS:
+            _LOCAL.works = {}
+        return _LOCAL.works.setdefault(vocab_size, _Work(vocab_size))
 
 
 def _ids(ids: Sequence[int] | np.ndarray) -> np.ndarray:
     found = np.asarray(ids)
-    if found.size and found.dtype.kind not in "iu":
+    if found.dtype.kind not in "iu" and found.size:
         raise TokenIdError(f"Token ids are whole numbers; got {found.dtype}.")
-    return np.ascontiguousarray(found, np.int64).reshape(-1)
+    if found.ndim != 1:
+        raise TokenIdError(f"Token ids stand in one row; got an array of shape {found.shape}.")
+    return found.astype(np.int64, copy=False)

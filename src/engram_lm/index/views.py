@@ -1,0 +1,223 @@
+"""A segment without its deleted documents, and the numbers by which compiled code finds its arrays (docs/index.md).
+
+    view = View(segment, dead_documents=[3])
+    view.row("documents", 1)                # int64 [ROW]: addresses and sizes, see kernels/walks.py
+
+What is worked out about a segment lives as long as the segment; what depends on what is deleted, as long as the view.
+"""
+
+import json
+import weakref
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.index.segment import Segment
+from engram_lm.kernels import walks
+from engram_lm.kernels.counting import BLOCK_TOKENS
+
+Count = Literal["tokens", "documents", "sources"]
+
+_LARGE = 2**16  # tokens of a segment from which its counts of single tokens are kept
+_FEW = 8  # runs of documents that are looked for one by one
+
+
+class View:
+    """A segment and which of its documents are deleted.
+
+    dead_rank: uint32, ascending: the places in `segment.order` whose position belongs to a deleted document, its END
+    included; worked out from `dead_documents` (numbers) where it is not given.
+    """
+
+    def __init__(
+        self, segment: Segment, dead_rank: np.ndarray | None = None, dead_documents: Iterable[int] = ()
+    ) -> None:
+        self.segment = segment
+        self.dead_documents = frozenset(int(number) for number in dead_documents)
+        self.dead_rank = np.ascontiguousarray(
+            dead_ranks(segment, self.dead_documents) if dead_rank is None else dead_rank, np.uint32
+        )
+        rank_R = self.dead_rank
+        if len(rank_R) and (rank_R[-1] >= len(segment) or (rank_R[1:] <= rank_R[:-1]).any()):
+            raise CheckpointError(
+                f"What is deleted of a segment of {len(segment):,} tokens does not belong to it."
+            )
+        self._facts = _facts_of(segment)
+        self._rows: dict[tuple[str, int], tuple[np.ndarray, list[np.ndarray]]] = {}
+
+    @property
+    def n_tokens(self) -> int:
+        """Live tokens, ENDs included."""
+        return len(self.segment) - len(self.dead_rank)
+
+    @property
+    def n_documents(self) -> int:
+        """Live documents."""
+        return self.segment.n_documents - len(self.dead_documents)
+
+    def without(self, number: int) -> "View":
+        """The same segment with one more document deleted."""
+        if number in self.dead_documents:
+            return self
+        more = dead_ranks(self.segment, [number])
+        return View(
+            self.segment, np.sort(np.concatenate([self.dead_rank, more])), self.dead_documents | {number}
+        )
+
+    def number_of(self, document_id: str) -> int:
+        """The number of a live document, or -1."""
+        number = self.segment.number_of(document_id)
+        return -1 if number in self.dead_documents else number
+
+    def unigrams(self) -> np.ndarray:
+        """How often each token occurs, int64 [V + 1], END last."""
+        count_V = self._facts.unigrams()
+        if not len(self.dead_rank):
+            return count_V
+        return count_V - _count(self.segment.next[self.dead_rank], None, self.segment.vocab_size)
+
+    def row(self, count: Count, cap: int) -> np.ndarray:
+        """Addresses and sizes for compiled code that counts in this way, int64 [ROW]. Valid while the view lives."""
+        key = (count, cap if count != "tokens" else 0)
+        if key not in self._rows:
+            facts, kept = self._facts, [self.dead_rank]
+            row = facts.row.copy()
+            row[walks.DEAD], row[walks.N_DEAD] = _address(self.dead_rank), len(self.dead_rank)
+            if len(self.dead_rank) or count != "tokens":
+                kept += [
+                    np.zeros(row[walks.N_COUNTS] + 1, np.uint32),
+                    np.zeros(row[walks.N_NODES] + 1, np.uint8),
+                ]
+                row[walks.ADJUSTED], row[walks.READY] = _address(kept[1]), _address(kept[2])
+            row[walks.CAP] = key[1]
+            if count == "sources":
+                row[walks.GROUP] = _address(facts.groups)
+            self._rows.setdefault(key, (row, kept))
+        return self._rows[key][0]
+
+
+def dead_ranks(segment: Segment, document_numbers: Iterable[int]) -> np.ndarray:
+    """Places in `segment.order`, ascending, of the positions of these documents: what `View` hides. uint32."""
+    number_K = np.unique(np.fromiter(document_numbers, np.int64))
+    if not len(number_K):
+        return np.empty(0, np.uint32)
+    if number_K[0] < 0 or number_K[-1] >= segment.n_documents:
+        raise ConfigError(
+            f"Documents {number_K[0]}..{number_K[-1]} are not all here; this segment has {segment.n_documents:,}."
+        )
+    at_D = segment.document_at.astype(np.int64)
+    cut_R = np.flatnonzero(np.diff(number_K, prepend=-2) > 1)
+    begin_R = at_D[number_K[cut_R]]
+    end_R = at_D[number_K[np.append(cut_R[1:] - 1, len(number_K) - 1)] + 1]
+    if len(begin_R) > _FEW:
+        dead_N = np.repeat(np.isin(np.arange(segment.n_documents), number_K), np.diff(at_D))
+        return np.flatnonzero(dead_N[segment.order]).astype(np.uint32)
+    order_N = np.ascontiguousarray(segment.order, np.uint32)
+    parts = []
+    for begin, end in zip(begin_R, end_R, strict=True):
+        rank_R = np.zeros(end - begin, np.uint32)
+        found = walks.ranks_between(_address(order_N), len(order_N), int(begin), int(end), rank_R)
+        if found != len(rank_R):
+            raise CheckpointError("This segment is damaged: the places of a document are not all sorted in.")
+        parts.append(rank_R)
+    return parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))
+
+
+class _Facts:
+    """What is worked out about a segment once. It keeps the arrays that its row points to, not the segment."""
+
+    def __init__(self, segment: Segment) -> None:
+        four = segment.tokens.dtype.itemsize == 4
+        token = np.uint32 if four else np.uint16
+        end = segment.vocab_size
+        types = {
+            walks.TOKENS: ("tokens", token), walks.ORDER: ("order", np.uint32), walks.NEXT: ("next", token),
+            walks.FIRST: ("first", np.uint32), walks.NODE_LOW: ("node_low", np.uint32),
+            walks.NODE_HIGH: ("node_high", np.uint32), walks.NODE_AT: ("node_at", np.uint32),
+            walks.NODE_TOKEN: ("node_token", token), walks.NODE_COUNT: ("node_count", np.uint32),
+            walks.NODE_DISTINCT: ("node_distinct", np.uint32), walks.DOCUMENT_AT: ("document_at", np.uint32),
+        }  # fmt: skip
+        self.arrays = {
+            at: np.ascontiguousarray(segment.arrays[name], dtype) for at, (name, dtype) in types.items()
+        }
+        size = {name: len(self.arrays[at]) for at, (name, _) in types.items()}
+        if size["first"] != end + 1:
+            raise CheckpointError(
+                f"This segment is damaged: {size['first']:,} beginnings for {end:,} tokens."
+            )
+        N = min(size["tokens"], size["order"], size["next"])
+        n_documents = max(size["document_at"] - 1, 0)
+        block_B = np.searchsorted(
+            self.arrays[walks.DOCUMENT_AT], np.arange(0, N + BLOCK_TOKENS, BLOCK_TOKENS, np.uint32), "right"
+        )
+        self.arrays[walks.BLOCK] = np.maximum(block_B, 1).astype(np.uint32) - np.uint32(1)
+        # rank i * NODE_RANKS: nodes before it; one more for what is beyond all
+        from_B = np.searchsorted(
+            self.arrays[walks.NODE_LOW], np.arange(0, N + walks.NODE_RANKS, walks.NODE_RANKS, np.uint32)
+        )
+        self.arrays[walks.NODE_FROM] = from_B.astype(np.uint32)
+        self.row = np.zeros(walks.ROW, np.int64)
+        for at, array in self.arrays.items():
+            self.row[at] = _address(array)
+        self.row[walks.N_TOKENS], self.row[walks.N_DOCUMENTS] = N if n_documents else 0, n_documents
+        self.row[walks.N_NODES] = max(
+            min(size["node_low"], size["node_high"], size["node_at"] - 1, size["node_distinct"]), 0
+        )
+        self.row[walks.N_COUNTS] = min(size["node_token"], size["node_count"])
+        self.row[walks.FOUR], self.row[walks.OVER], self.row[walks.END] = four, segment.wide, end
+        self._lines, self._end = segment.arrays["documents"], end
+        self._unigrams: np.ndarray | None = None
+
+    def unigrams(self) -> np.ndarray:
+        if self._unigrams is not None:
+            return self._unigrams
+        low, high, at = (self.arrays[a] for a in (walks.NODE_LOW, walks.NODE_HIGH, walks.NODE_AT))
+        N = self.row[walks.N_TOKENS]
+        if (
+            self.row[walks.N_NODES]
+            and low[0] == 0
+            and high[0] == N
+            and at[0] < at[1] <= self.row[walks.N_COUNTS]
+        ):
+            part = slice(int(at[0]), int(at[1]))
+            count_V = _count(
+                self.arrays[walks.NODE_TOKEN][part], self.arrays[walks.NODE_COUNT][part], self._end
+            )
+        else:
+            count_V = _count(self.arrays[walks.NEXT][:N], None, self._end)
+        if N > _LARGE:
+            self._unigrams = count_V
+        return count_V
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """The first document of each document's source, uint32 [D]; one without a source stands for itself."""
+        first: dict[str, int] = {}
+        lines = (json.loads(line) for line in self._lines.tobytes().splitlines())
+        sources = [facts.get("source") for facts in lines]
+        return np.array(
+            [first.setdefault(name, i) if name else i for i, name in enumerate(sources)], np.uint32
+        )
+
+
+def _count(token_I: np.ndarray, count_I: np.ndarray | None, end: int) -> np.ndarray:
+    if len(token_I) and int(token_I.max()) > end:
+        raise CheckpointError(f"This segment is damaged: token {int(token_I.max()):,} of {end:,} occurs.")
+    return np.bincount(token_I, count_I, end + 1).astype(np.int64, copy=False)
+
+
+_KNOWN: "weakref.WeakKeyDictionary[Segment, _Facts]" = weakref.WeakKeyDictionary()
+
+
+def _facts_of(segment: Segment) -> _Facts:
+    facts = _KNOWN.get(segment)
+    if facts is None:
+        facts = _KNOWN.setdefault(segment, _Facts(segment))
+    return facts
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]

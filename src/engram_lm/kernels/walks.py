@@ -1,0 +1,201 @@
+"""Walks through sorted contexts (docs/index.md), in one segment or in all of a snapshot. The plain twin is `index.plain`.
+
+A segment is a row of numbers: the addresses of its arrays, then their sizes. Whatever is read out of a segment is compared
+with the size of what it points into before it is used: a damaged file gives wrong answers, never a read outside.
+
+low, high: the interval of the last d tokens, for d = 0 .. depth, each inside the one before
+"""
+
+import numpy as np
+from numba import njit
+
+from engram_lm.kernels.raw import load16, load32
+
+# addresses
+(
+    TOKENS,
+    ORDER,
+    NEXT,
+    FIRST,
+    NODE_LOW,
+    NODE_HIGH,
+    NODE_AT,
+    NODE_TOKEN,
+    NODE_COUNT,
+    NODE_DISTINCT,
+    DOCUMENT_AT,
+    DEAD,
+) = range(12)
+# worked out by a reader: the first node of every NODE_RANKS ranks, the document of every BLOCK_TOKENS positions
+NODE_FROM, BLOCK = 12, 13
+# counts of nodes as a view counts, worked out when they are first asked for: see kernels/counting.py
+ADJUSTED, READY, GROUP = 14, 15, 16
+# sizes: positions, nodes, numbers in all lists of nodes, documents, dead ranks
+N_TOKENS, N_NODES, N_COUNTS, N_DOCUMENTS, N_DEAD = 17, 18, 19, 20, 21
+# whether tokens have four bytes, intervals of more than OVER positions are nodes, at most CAP of a document count, END
+FOUR, OVER, CAP, END = 22, 23, 24, 25
+ROW = 26
+NODE_RANKS = 4096
+
+
+@njit(nogil=True, cache=True)
+def number_at(table_SF, s, section, i):
+    """Number i of an array of u32."""
+    return load32(table_SF[s, section] + 4 * i)
+
+
+@njit(nogil=True, cache=True)
+def token_at(table_SF, s, section, i):
+    """Token i of an array of tokens."""
+    if table_SF[s, FOUR]:
+        return load32(table_SF[s, section] + 4 * i)
+    return load16(table_SF[s, section] + 2 * i)
+
+
+@njit(nogil=True, cache=True)
+def _back(table_SF, s, rank, depth, end):
+    """The token `depth` + 1 before the position of a rank, -1 where its document has begun."""
+    at = number_at(table_SF, s, ORDER, rank) - 1 - depth
+    if at < 0 or at >= table_SF[s, N_TOKENS]:
+        return np.int64(-1)
+    token = token_at(table_SF, s, TOKENS, at)
+    return np.int64(-1) if token >= end else token
+
+
+@njit(nogil=True, cache=True)
+def narrow(table_SF, s, low, high, depth, token, end):
+    """The part of an interval of `depth` tokens in which `token` stands before them: (low, high), empty where none does.
+
+    Positions of an interval share their last `depth` tokens, so what stands before those ascends.
+    """
+    a, b = low, high
+    while a < b:
+        middle = (a + b) >> 1
+        here = _back(table_SF, s, middle, depth, end)
+        if here < token:
+            a = middle + 1
+        elif here > token:
+            b = middle
+        else:
+            # one of them: its beginning lies in [a, middle], its end in (middle, b]
+            start, top, c = a, middle, middle + 1
+            while start < top:
+                half = (start + top) >> 1
+                if _back(table_SF, s, half, depth, end) < token:
+                    start = half + 1
+                else:
+                    top = half
+            while c < b:
+                half = (c + b) >> 1
+                if _back(table_SF, s, half, depth, end) <= token:
+                    c = half + 1
+                else:
+                    b = half
+            return start, c
+    return a, a
+
+
+@njit(nogil=True, cache=True)
+def walk_one(table_SF, s, context_K, n, most, end, low_D, high_D):
+    """Fill the intervals of the last 0, 1, ... of the first n tokens of context_K; returns the largest depth that occurs."""
+    N = table_SF[s, N_TOKENS]
+    low_D[0], high_D[0] = 0, N
+    for depth in range(min(n, most)):
+        token = context_K[n - 1 - depth]
+        if token < 0 or token >= end:
+            return depth
+        if depth == 0:
+            low, high = number_at(table_SF, s, FIRST, token), number_at(table_SF, s, FIRST, token + 1)
+            high = min(high, N)
+        else:
+            low, high = narrow(table_SF, s, low_D[depth], high_D[depth], depth, token, end)
+        if low >= high:
+            return depth
+        low_D[depth + 1], high_D[depth + 1] = low, high
+    return min(n, most)
+
+
+@njit(nogil=True, cache=True)
+def dead_below(table_SF, s, rank):
+    """How many dead ranks are smaller."""
+    a, b = np.int64(0), table_SF[s, N_DEAD]
+    while a < b:
+        middle = (a + b) >> 1
+        if number_at(table_SF, s, DEAD, middle) < rank:
+            a = middle + 1
+        else:
+            b = middle
+    return a
+
+
+@njit(nogil=True, cache=True)
+def live_in(table_SF, s, low, high):
+    """Positions of an interval that belong to live documents."""
+    if high <= low or table_SF[s, N_DEAD] == 0:
+        return max(high - low, 0)
+    return high - low - (dead_below(table_SF, s, high) - dead_below(table_SF, s, low))
+
+
+@njit(nogil=True, cache=True)
+def walk(table_SF, context_K, n, most, end, low_SD, high_SD, live_D):
+    """The intervals of every segment (0, 0 where nothing is live) and the live positions of all; returns the largest depth.
+
+    context_K: token ids, oldest first, n of them. low_SD, high_SD, live_D hold most + 1 numbers a segment.
+    """
+    for d in range(most + 1):
+        live_D[d] = 0
+    depth = 0
+    for s in range(table_SF.shape[0]):
+        reached = walk_one(table_SF, s, context_K, n, most, end, low_SD[s], high_SD[s])
+        d = 0
+        while d <= reached:
+            live = live_in(table_SF, s, low_SD[s, d], high_SD[s, d])
+            if live <= 0:
+                break
+            live_D[d] += live
+            d += 1
+        for before in range(s):
+            # what was not reached by the segments before
+            for k in range(depth + 1, d):
+                low_SD[before, k] = high_SD[before, k] = 0
+        for k in range(d, depth + 1):
+            low_SD[s, k] = high_SD[s, k] = 0
+        depth = max(depth, d - 1)
+    return depth
+
+
+@njit(nogil=True, cache=True)
+def find_node(table_SF, s, low, high):
+    """The node of an interval of a segment, or -1 where it is narrow. Nodes are sorted by (low, -high)."""
+    if high - low <= table_SF[s, OVER]:
+        return np.int64(-1)
+    n = table_SF[s, N_NODES]
+    part = low // NODE_RANKS
+    a, b = number_at(table_SF, s, NODE_FROM, part), min(number_at(table_SF, s, NODE_FROM, part + 1), n)
+    while a < b:
+        middle = (a + b) >> 1
+        here = number_at(table_SF, s, NODE_LOW, middle)
+        if here < low or (here == low and number_at(table_SF, s, NODE_HIGH, middle) > high):
+            a = middle + 1
+        else:
+            b = middle
+    if a < n and number_at(table_SF, s, NODE_LOW, a) == low and number_at(table_SF, s, NODE_HIGH, a) == high:
+        return a
+    return np.int64(-1)
+
+
+@njit(nogil=True, cache=True)
+def ranks_between(order_address, n, begin, end, rank_R):
+    """Ranks, ascending, of the positions begin .. end; returns how many, which is end - begin unless the file is damaged."""
+    found, size = 0, np.uint64(end - begin)
+    for block in range(0, n, 64):
+        top, hit = min(block + 64, n), False
+        # no branch: the compiler compares several at once
+        for rank in range(block, top):
+            hit |= np.uint64(load32(order_address + 4 * rank) - begin) < size
+        if hit:
+            for rank in range(block, top):
+                if np.uint64(load32(order_address + 4 * rank) - begin) < size and found < rank_R.shape[0]:
+                    rank_R[found] = rank
+                    found += 1
+    return found
