@@ -1,6 +1,7 @@
 """Rows on other tiers: the model's answers stay what they were, bit for bit, however and whenever the rows come."""
 
 import copy
+import ctypes
 import logging
 import os
 import threading
@@ -92,7 +93,7 @@ WAYS = ["sent", "thread"]
 
 def without_sending(way, monkeypatch):
     if way == "thread":
-        monkeypatch.setattr(DiskStore, "begin", lambda self, address: None)
+        monkeypatch.setattr(DiskStore, "begin", lambda self, address_at, n: None)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -107,12 +108,12 @@ def test_a_prefetch_that_fails_changes_no_value_and_is_logged(way, model, tmp_pa
             raise RuntimeError("injected")
         return read(self, row_U, out_UR)
 
-    def fail_to_finish(self, out, dtype):
+    def fail_to_finish(self, out_at, dtype):
         failed.append(self._store.name)
         raise RuntimeError("injected")
 
     monkeypatch.setattr(DiskStore, "read_records", fail_ahead)
-    monkeypatch.setattr(disk._Begun, "finish", fail_to_finish)
+    monkeypatch.setattr(disk.Begun, "finish", fail_to_finish)
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         assert torch.equal(twin(ids).logits, model(ids).logits)
     assert len(failed) == 2
@@ -123,20 +124,21 @@ def test_a_prefetch_that_fails_changes_no_value_and_is_logged(way, model, tmp_pa
 def test_shadow_mode_notices_other_rows(way, model, tmp_path, monkeypatch):
     without_sending(way, monkeypatch)
     twin, gather = placed(model, packed(model, tmp_path), tier="disk"), DiskStore.gather
-    finish = disk._Begun.finish
+    finish = disk.Begun.finish
 
     def other_ahead(self, address, **options):
         rows = gather(self, address, **options)
         return rows if threading.current_thread() is threading.main_thread() else np.negative(rows, out=rows)
 
-    def other_at_the_end(self, out, dtype):
-        finish(self, out, dtype)
-        np.negative(out, out=out)
+    def other_at_the_end(self, out_at, dtype):
+        finish(self, out_at, dtype)
+        first = ctypes.c_float.from_address(out_at)
+        first.value = -first.value - 1
 
     for table in tables(twin):
         table.shadow = True
     monkeypatch.setattr(DiskStore, "gather", other_ahead)
-    monkeypatch.setattr(disk._Begun, "finish", other_at_the_end)
+    monkeypatch.setattr(disk.Begun, "finish", other_at_the_end)
     with torch.no_grad(), pytest.raises(StateError, match="brought other rows than a gather"):
         twin(text())
 

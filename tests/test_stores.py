@@ -20,24 +20,36 @@ from alone import run_alone, started
 from engram_lm.errors import AddressError, CheckpointError, ConfigError
 from engram_lm.kernels import disk as kernels
 from engram_lm.kernels import rows as row_kernels
-from engram_lm.tables import disk
+from engram_lm.tables import ahead, disk
 from engram_lm.tables.cached import CachedStore
 from engram_lm.tables.codecs import CODECS, bf16_bits, codec_named
 from engram_lm.tables.disk import DiskStore
 from engram_lm.tables.format import PAGE, open_packed, verify
 from engram_lm.tables.layout import Layout, Segment
-from engram_lm.tables.store import HostStore, records_of
+from engram_lm.tables.store import OUT_DTYPES, HostStore, int64, records_of
 from engram_lm.tables.writer import Writer
 
-# Ways to read a layout; "unqueued": past the page cache, but by threads, as where queues have run out.
-WAYS = ("host", "queued", "threads", "unqueued")
+# Ways to read a layout; "unqueued": past the page cache, but by threads, as where queues have run out; "ahead": handed to
+# a reading thread and taken up at once.
+WAYS = ("host", "queued", "threads", "unqueued", "ahead")
+
+
+class AheadStore(DiskStore):
+    def gather(self, address, *, out=None, dtype="fp32"):
+        asked = int64(address)
+        begun = self.begin(asked.ctypes.data, asked.size)
+        if begun is None:
+            return super().gather(address, out=out, dtype=dtype)
+        out = np.full((*asked.shape, self.width), 7, OUT_DTYPES[dtype]) if out is None else out
+        begun.finish(out.ctypes.data, dtype)
+        return out
 
 
 def opened(way: str, layout: Layout, monkeypatch=None, **options):
     if way == "host":
         return HostStore.load(layout)
-    if way == "queued":
-        store = DiskStore(layout, **options)
+    if way in ("queued", "ahead"):
+        store = (DiskStore if way == "queued" else AheadStore)(layout, **options)
         assert store.direct, "this test needs a file system with O_DIRECT"
         return store
     if way == "threads":
@@ -114,6 +126,7 @@ def test_every_way_gives_the_plain_codecs_rows(way, codec, tmp_path, monkeypatch
 def test_a_large_gather_with_repeats(way, tmp_path, monkeypatch):
     """More reads than a round holds, more than are in flight; records of a page and a bit."""
     monkeypatch.setattr(disk, "STAGE_BYTES", 10 * PAGE)
+    monkeypatch.setattr(ahead, "ROUND_BYTES", 10 * PAGE)
     rng = np.random.default_rng(0)
     for n_rows, width in ((4000, 264), (150, 4100), (5, 50_000)):
         records = some_records(n_rows, width)
@@ -128,10 +141,11 @@ def test_a_large_gather_with_repeats(way, tmp_path, monkeypatch):
         store.close()
         monkeypatch.undo()
         monkeypatch.setattr(disk, "STAGE_BYTES", 10 * PAGE)
+        monkeypatch.setattr(ahead, "ROUND_BYTES", 10 * PAGE)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 200])
-@pytest.mark.parametrize("way", ["queued", "threads"])
+@pytest.mark.parametrize("way", ["queued", "threads", "ahead"])
 def test_any_number_of_reads_in_flight(depth, way, bf16_table):
     layout, _, rows = bf16_table
     store, address = opened(way, layout, depth=depth), np.random.default_rng(0).integers(0, 500, 900)
@@ -335,7 +349,7 @@ def test_a_split_table_that_is_cut_short_is_refused(way, tmp_path, monkeypatch):
         opened(way, layout, monkeypatch)
 
 
-@pytest.mark.parametrize("way", ["queued", "threads", "unqueued"])
+@pytest.mark.parametrize("way", ["queued", "threads", "unqueued", "ahead"])
 def test_errors_name_the_file_of_a_split_table(way, tmp_path, monkeypatch):
     records = some_records(50, 66)
     layout = split_table(tmp_path, records, 64, 0)
@@ -381,7 +395,7 @@ def test_a_page_damaged_while_open_is_refused_with_its_rows(way, own_table, monk
     store.close()
 
 
-@pytest.mark.parametrize("way", ["queued", "threads", "unqueued"])
+@pytest.mark.parametrize("way", ["queued", "threads", "unqueued", "ahead"])
 def test_a_file_cut_short_while_open_is_refused(way, own_table, monkeypatch):
     layout, _, _ = own_table
     store, path = opened(way, layout, monkeypatch), layout.segments[0].path
@@ -393,7 +407,7 @@ def test_a_file_cut_short_while_open_is_refused(way, own_table, monkeypatch):
     store.close()
 
 
-@pytest.mark.parametrize("way", ["queued", "threads", "unqueued"])
+@pytest.mark.parametrize("way", ["queued", "threads", "unqueued", "ahead"])
 def test_a_file_without_checksums_cut_short_while_open_gives_no_stale_row(way, tmp_path, monkeypatch):
     """Bytes of an earlier read lie where the missing ones would come."""
     records = some_records(300, 33)
@@ -416,7 +430,7 @@ def test_a_file_without_checksums_cut_short_while_open_gives_no_stale_row(way, t
     store.close()
 
 
-@pytest.mark.parametrize("way", ["queued", "threads"])
+@pytest.mark.parametrize("way", ["queued", "threads", "ahead"])
 def test_an_open_store_reads_on_when_its_file_is_removed_or_replaced(way, own_table):
     layout, records, rows = own_table
     store, path = opened(way, layout), layout.segments[0].path
@@ -439,7 +453,7 @@ def test_a_layout_of_a_file_that_was_replaced_is_refused(way, other, own_table):
         opened(way, layout)
 
 
-@pytest.mark.parametrize("way", ["queued", "threads", "unqueued"])
+@pytest.mark.parametrize("way", ["queued", "threads", "unqueued", "ahead"])
 def test_a_read_error_is_named_and_the_next_read_is_right(way, own_table, monkeypatch):
     layout, _, rows = own_table
     store, path = opened(way, layout, monkeypatch), layout.segments[0].path
@@ -558,15 +572,23 @@ layout = open_packed(sys.argv[1])
 for direct in (True, False):
     store, every = DiskStore(layout, direct=direct, depth=4), np.arange(layout.n_rows)
     wanted = store.gather(every).copy()
+    def sent():
+        begun, out = store.begin(every.ctypes.data, len(every)), np.zeros_like(wanted)
+        if begun is not None:
+            begun.finish(out.ctypes.data, "fp32")
+        return (begun is not None) == direct and np.array_equal(out, wanted if direct else 0 * wanted)
     for _ in range(3):
+        under_way = store.begin(every.ctypes.data, len(every))
         child = os.fork()
         if child == 0:
-            right = all(np.array_equal(store.gather(every[k::3]), wanted[k::3]) for k in range(3))
+            right = all(np.array_equal(store.gather(every[k::3]), wanted[k::3]) for k in range(3)) and sent()
+            del under_way
             store.close()
             os._exit(0 if right else 1)
         assert np.array_equal(store.gather(every), wanted)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert np.array_equal(store.gather(every), wanted)
+        assert np.array_equal(store.gather(every), wanted) and sent()
+        del under_way
     store.close()
 print("read")
 """
@@ -621,12 +643,15 @@ def queued_events() -> int:
 
 @pytest.mark.parametrize("n_stores", [20, pytest.param(300, marks=pytest.mark.slow)])
 def test_descriptors_and_queues_are_given_back(n_stores, bf16_table):
-    layout = bf16_table[0]
-    opened("queued", layout).gather([1])
+    layout, some = bf16_table[0], np.array([1, 498])
+    opened("ahead", layout).gather([1])
     n_files, n_events, n_threads = len(os.listdir("/proc/self/fd")), queued_events(), threading.active_count()
     for k in range(n_stores):
         store = DiskStore(layout, depth=64)
         store.gather([k, 499])
+        if k % 3:
+            begun = store.begin(some.ctypes.data, 2)
+            begun = None if k % 3 == 1 else begun
         if k % 2:
             store.close()
         # the other half is closed as it is forgotten
@@ -634,7 +659,7 @@ def test_descriptors_and_queues_are_given_back(n_stores, bf16_table):
         store = DiskStore(layout, depth=3, direct=False)
         store.gather([3])
         store.close()
-    del store
+    del store, begun
     for _ in range(100):
         if threading.active_count() <= n_threads:
             break

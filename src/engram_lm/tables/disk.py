@@ -8,12 +8,12 @@ O_DIRECT or the queue is refused, threads read through the page cache; that is s
 """
 
 import contextlib
+import ctypes
 import logging
 import mmap
 import os
 import threading
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -24,14 +24,15 @@ import numpy as np
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.kernels import disk as kernels
 from engram_lm.kernels import rows as row_kernels
+from engram_lm.kernels.ahead import N_BYTES, N_READS
+from engram_lm.tables.ahead import ROWS, Ahead, Begun
 from engram_lm.tables.format import PAGE, damaged_rows, read_checksums_of
-from engram_lm.tables.layout import Layout, Segment
-from engram_lm.tables.store import Store, decode
+from engram_lm.tables.layout import Layout
+from engram_lm.tables.store import Store
 
 logger = logging.getLogger(__name__)
 
 DEPTH = 64  # reads in flight; a virtual disk gave no more beyond it
-AHEAD = 256  # rows that `begin` sends in one system call; larger gathers are left to a thread
 STAGE_BYTES = 16 << 20  # what one round of reads may hold before its rows are taken out
 
 
@@ -46,8 +47,8 @@ class DiskStore(Store):
     def __init__(self, layout: Layout, *, depth: int = DEPTH, direct: bool = True) -> None:
         self._files: dict[Path, int] = {}
         self._idle: list[_Reader] = []
-        self._idle_ahead: list[_Reader] = []
-        self._begun: weakref.WeakSet[_Begun] = weakref.WeakSet()
+        self._idle_ahead: list[Ahead] = []
+        self._aheads: weakref.WeakSet[Ahead] = weakref.WeakSet()
         # process ids, one for every gather under way; a child inherits its parent's, which are none of its own
         self._busy: list[int] = []
         self._changed = threading.Condition()
@@ -117,9 +118,8 @@ class DiskStore(Store):
             files, self._files = self._files, {}
             # a descriptor closed under a read could be another file's by the next one
             self._changed.wait_for(lambda: os.getpid() not in self._busy)
-            idle, self._idle, self._idle_ahead = [*self._idle, *self._idle_ahead], [], []
-            begun = list(self._begun)
-        for holder in (*idle, *begun):
+            idle, self._idle, self._idle_ahead = self._idle, [], []
+        for holder in (*idle, *self._aheads):
             holder.close()
         for handle in files.values():
             os.close(handle)
@@ -152,45 +152,55 @@ class DiskStore(Store):
                 self._busy.remove(pid)
                 self._changed.notify_all()
 
-    def begin(self, address: np.ndarray) -> "_Begun | None":
-        address_N = address.reshape(-1)
-        if not self.direct or not 0 < len(address_N) * len(self.layout.segments) <= AHEAD:
+    def begin(self, address_at: int, n: int) -> Begun | None:
+        if not self.direct or not 0 < n <= ROWS:
             return None
-        row_N, index_N = np.empty((2, len(address_N)), np.int64)
-        row_U = row_N[: row_kernels.distinct(address_N, row_N, index_N)]
+        # under the lock from first to last: a store that closes ends its threads
         with self._changed:
-            files = self._files
-            reader = self._idle_ahead.pop() if self._idle_ahead else None
-        if not files:
-            return None
-        if reader is None or reader.pid != os.getpid():
-            reader = _Reader(self, depth=AHEAD)
-        if reader.queue is None:
-            return None
-        (pieces,) = self._rounds(row_U)
-        begun = _Begun(self, reader, row_U, index_N, pieces, _piece_table(pieces, files))
-        self._begun.add(begun)
-        return begun
+            if not self._files:
+                return None
+            ahead = self._idle_ahead.pop() if self._idle_ahead else None
+            if ahead is None or ahead.pid != os.getpid():
+                ahead = Ahead(self, _segment_table(self.layout, self._files))
+                if not ahead.usable:
+                    return None
+                self._aheads.add(ahead)
+            bad = ahead.post(address_at, n)
+            if bad >= 0:
+                self._idle_ahead.append(ahead)
+        if bad >= 0:
+            raise self.out_of_range(ctypes.c_int64.from_address(address_at + 8 * bad).value, bad)
+        return Begun(self, ahead, n)
 
-    def give_back(self, reader: "_Reader", reads: int, bytes_read: int) -> None:
-        """A reader that `begin` took is free again."""
+    def give_back(self, ahead: Ahead) -> None:
+        """A gather that `begin` began is done."""
+        reads, bytes_read = ahead.control[N_READS : N_BYTES + 1].tolist()
         with self._changed:
-            self._idle_ahead.append(reader)
+            self._idle_ahead.append(ahead)
             self.reads += reads
             self.bytes_read += bytes_read
+
+    def failure(self, handle: int, at: int, status: int, got: int) -> CheckpointError:
+        """The error for a read of a file at a byte, with the codes of `kernels.disk`."""
+        path = next((path for path, number in self._files.items() if number == handle), self.name)
+        if status == kernels.SHORT:
+            return CheckpointError(
+                f"{path} ends at byte {at + got:,}, inside a row: it was cut short while open."
+            )
+        return CheckpointError(f"{path} could not be read at byte {at:,}: {os.strerror(-got)}.")
 
     def _rounds(self, row_U: np.ndarray) -> Iterator[list["_Piece"]]:
         """What is read at a time: rows of as many segments as the stage holds, so that reads of all of them overlap."""
         per_round = max(1, STAGE_BYTES // self.most_read)
         if len(self.layout.segments) == 1 and 0 < len(row_U) <= per_round:
-            yield [_Piece(self.layout.segments[0], 0, len(row_U))]
+            yield [_Piece(0, 0, len(row_U))]
             return
         pieces, room = [], per_round
-        for segment in self.layout.segments:
+        for number, segment in enumerate(self.layout.segments):
             start, last = row_U.searchsorted((segment.first_row, segment.first_row + segment.n_rows)).tolist()
             while start < last:
                 end = min(last, start + room)
-                pieces.append(_Piece(segment, start, end))
+                pieces.append(_Piece(number, start, end))
                 start, room = end, room - (end - start)
                 if not room:
                     yield pieces
@@ -206,122 +216,36 @@ class DiskStore(Store):
         row_U: np.ndarray,
         out_UR: np.ndarray,
     ) -> None:
-        piece_PX = _piece_table(pieces, files)
+        piece_PX = _segment_table(self.layout, files)[[piece.segment for piece in pieces]]
+        piece_PX[:, :2] = [(piece.start, piece.end) for piece in pieces]
         n, status = sum(piece.end - piece.start for piece in pieces), np.zeros(3, np.int64)
-        n_jobs, offset_J, asked_J = reader.run(row_U, piece_PX, n, out_UR, status)
+        n_jobs, fd_J, offset_J, asked_J = reader.run(row_U, piece_PX, n, out_UR, status)
         if status[0] == kernels.DAMAGED:
             raise damaged_rows(self.layout, int(status[1]))
         if status[0] != kernels.OK:
-            raise _failure(pieces, row_U, piece_PX, int(offset_J[status[1]]), status)
+            job = int(status[1])
+            raise self.failure(int(fd_J[job]), int(offset_J[job]), int(status[0]), int(status[2]))
         with self._changed:
             self.reads += n_jobs
             self.bytes_read += int(asked_J[:n_jobs].sum())
 
 
-def _piece_table(pieces: list["_Piece"], files: dict[Path, int]) -> np.ndarray:
-    """int64 [P, 10], as `kernels.disk.plan_pieces` takes it."""
+def _segment_table(layout: Layout, files: dict[Path, int]) -> np.ndarray:
+    """int64 [S, 11]: two places that a gather fills, then a segment as `kernels.disk.plan_pieces` takes it, and its rows."""
     return np.array(
         [
             (
-                start,
-                end,
-                s.offset,
-                s.first_row,
-                s.stride,
-                s.group,
-                s.group_stride,
-                s.n_bytes,
-                s.at,
-                files[s.path],
+                0, 0, s.offset, s.first_row, s.stride, s.group, s.group_stride, s.n_bytes, s.at, files[s.path], s.n_rows,
             )
-            for s, start, end in pieces
+            for s in layout.segments
         ]
-    )
-
-
-class _Begun:
-    """Reads under way in a queue of their own. Dropped, it waits for them: the system writes to its stage until then."""
-
-    def __init__(
-        self,
-        store: DiskStore,
-        reader: "_Reader",
-        row_U: np.ndarray,
-        index_N: np.ndarray,
-        pieces: list["_Piece"],
-        piece_PX: np.ndarray,
-    ) -> None:
-        self._store, self._reader = store, reader
-        self._row_U, self._index_N, self._pieces, self._piece_PX = row_U, index_N, pieces, piece_PX
-        n = sum(piece.end - piece.start for piece in pieces)
-        self._jobs = np.empty((6, n), np.int64)
-        self._stage_X = reader.stage(n * reader.most_read)
-        self._sent = np.zeros(3, np.int64)
-        kernels.begin_pieces(
-            reader.queue,
-            row_U,
-            piece_PX,
-            self._stage_X,
-            *self._jobs,
-            reader.request_DQ,
-            reader.pointer_D,
-            self._sent,
-        )
-
-    def finish(self, out: np.ndarray, dtype: str) -> None:
-        reader, self._reader = self._reader, None
-        if reader is None or reader.queue is None or reader.pid != os.getpid():
-            raise CheckpointError(
-                f"{self._store.name}: these reads were finished, closed or another process's."
-            )
-        record_UR = np.empty((len(self._row_U), self._store.record_bytes), np.uint8)
-        status = np.zeros(3, np.int64)
-        kernels.finish_pieces(
-            reader.queue, self._sent, self._piece_PX, reader.pages_at, reader.sums, self._stage_X, *self._jobs,
-            reader.request_DQ, reader.pointer_D, reader.event_DE, record_UR, status,
-        )  # fmt: skip
-        if status[0] == kernels.BROKEN:
-            reader.queue = None
-        if status[0] == kernels.DAMAGED:
-            raise damaged_rows(self._store.layout, int(status[1]))
-        if status[0] != kernels.OK:
-            at = int(self._jobs[1][status[1]])
-            raise _failure(self._pieces, self._row_U, self._piece_PX, at, status)
-        n_jobs = int(self._sent[0])
-        self._store.give_back(reader, n_jobs, int(self._jobs[2][:n_jobs].sum()))
-        decode(self._store, record_UR, self._index_N, out, dtype)
-
-    def close(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-def _failure(
-    pieces: list["_Piece"], row_U: np.ndarray, piece_PX: np.ndarray, at: int, status: np.ndarray
-) -> CheckpointError:
-    """The error for a read that failed, with its file and place."""
-    firsts, count = [], 0
-    for p, piece in enumerate(pieces):
-        firsts.append(count)
-        count += kernels.plan_pieces(
-            row_U, piece_PX[p : p + 1], *np.empty((6, piece.end - piece.start), np.int64)
-        )
-    path = pieces[bisect_right(firsts, int(status[1])) - 1].segment.path
-    if status[0] == kernels.SHORT:
-        return CheckpointError(
-            f"{path} ends at byte {at + int(status[2]):,}, inside a row: it was cut short while open."
-        )
-    return CheckpointError(f"{path} could not be read at byte {at:,}: {os.strerror(int(-status[2]))}.")
+    )  # fmt: skip
 
 
 class _Piece(NamedTuple):
-    """Places start to end of the rows asked for, which lie in one segment."""
+    """Places start to end of the rows asked for, which lie in the layout's segment of this number."""
 
-    segment: Segment
+    segment: int
     start: int
     end: int
 
@@ -329,8 +253,8 @@ class _Piece(NamedTuple):
 class _Reader:
     """What one thread needs to read: a queue, request blocks and a page-aligned stage."""
 
-    def __init__(self, store: DiskStore, *, depth: int | None = None) -> None:
-        self.depth, self.pid = depth or store.depth, os.getpid()
+    def __init__(self, store: DiskStore) -> None:
+        self.depth, self.pid = store.depth, os.getpid()
         self.most_read, self.pages_at, self.sums = store.most_read, store.layout.pages_at, store.sums
         self.queue: int | None = None
         self.threads: ThreadPoolExecutor | None = None
@@ -368,8 +292,8 @@ class _Reader:
 
     def run(
         self, row_U: np.ndarray, piece_PX: np.ndarray, n: int, out_UR: np.ndarray, status: np.ndarray
-    ) -> tuple[int, np.ndarray, np.ndarray]:
-        """Read the pieces' n rows into out_UR: (reads, their offsets, their bytes). What went wrong is in `status`."""
+    ) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
+        """Read the pieces' n rows into out_UR: (reads, their descriptors, offsets and bytes); `status` says what failed."""
         fd_J, offset_J, asked_J, needed_J, job_N, within_N = np.empty((6, n), np.int64)
         stage_X = self.stage(n * self.most_read)
         if self.queue is not None:
@@ -379,7 +303,7 @@ class _Reader:
             )  # fmt: skip
             if status[0] == kernels.BROKEN:
                 self.queue, status[0] = None, kernels.FAILED
-            return n_jobs, offset_J, asked_J
+            return n_jobs, fd_J, offset_J, asked_J
         n_jobs = kernels.plan_pieces(row_U, piece_PX, fd_J, offset_J, asked_J, needed_J, job_N, within_N)
         stride = int(asked_J[:n_jobs].max())
         self._run_threads(fd_J[:n_jobs], offset_J, asked_J, needed_J, stage_X, stride, status)
@@ -389,7 +313,7 @@ class _Reader:
                 status[:2] = kernels.DAMAGED, bad
         if status[0] == kernels.OK:
             kernels.take_pieces(stage_X, stride, piece_PX, job_N, within_N, out_UR)
-        return n_jobs, offset_J, asked_J
+        return n_jobs, fd_J, offset_J, asked_J
 
     def _run_threads(
         self, fd_J: np.ndarray, offset_J: np.ndarray, asked_J: np.ndarray, needed_J: np.ndarray, stage_X: np.ndarray,

@@ -56,17 +56,24 @@ class Store:
         decode(self, record_UR, index_N.reshape(-1), out, dtype)
         return out
 
-    def begin(self, address: np.ndarray) -> "Begun | None":
-        """Send the reads of a small gather and return at once; None where this store cannot. Addresses are in range."""
+    def begin(self, address_at: int, n: int) -> "Begun | None":
+        """Send the reads of a small gather and return at once; None where this store cannot.
+
+        address_at: where n int64 lie in memory, for this call alone. AddressError as from a gather.
+        """
         return None
 
     def require_in_range(self, address_N: np.ndarray) -> None:
         """AddressError for the first address outside."""
         bad = row_kernels.first_out_of_range(address_N, self.n_rows)
         if bad >= 0:
-            raise AddressError(
-                f"Address {address_N[bad]} at place {bad} is outside {self.name}, which has {self.n_rows} rows."
-            )
+            raise self.out_of_range(address_N[bad], bad)
+
+    def out_of_range(self, address: int, place: int) -> AddressError:
+        """The error for an address that no row has."""
+        return AddressError(
+            f"Address {address} at place {place} is outside {self.name}, which has {self.n_rows} rows."
+        )
 
     def close(self) -> None:
         """Give back files and memory; reading afterwards is an error."""
@@ -75,8 +82,8 @@ class Store:
 class Begun(Protocol):
     """A gather whose reads are on their way, without a thread that waits for them."""
 
-    def finish(self, out: np.ndarray, dtype: str) -> None:
-        """Wait for the reads and fill `out`, once. Whatever failed raises; a gather may be tried then."""
+    def finish(self, out_at: int, dtype: str) -> None:
+        """Wait for the reads and put the rows one after the other at `out_at`, once. Whatever failed raises."""
 
 
 class HostStore(Store):
@@ -143,11 +150,16 @@ class HostStore(Store):
 
 def decode(store: Store, record_RB: np.ndarray, index_N: np.ndarray, out: np.ndarray, dtype: str) -> None:
     """out[i] = the row of record index[i]."""
+    decode_at(store, record_RB.ctypes.data, index_N, out.ctypes.data, dtype)
+
+
+def decode_at(store: Store, record_at: int, index_N: np.ndarray, out_at: int, dtype: str) -> None:
+    """`decode` between two places in memory."""
     kernel = KERNELS.get((store.codec.name, dtype))
     if kernel is None:
-        row_kernels.gather(record_RB.ctypes.data, index_N, out.ctypes.data, store.record_bytes)
+        row_kernels.gather(record_at, index_N, out_at, store.record_bytes)
     else:
-        kernel(record_RB.ctypes.data, index_N, out.ctypes.data, store.width, np.float32(store.scale))
+        kernel(record_at, index_N, out_at, store.width, np.float32(store.scale))
 
 
 def records_of(layout: Layout, *, first: int = 0, last: int | None = None) -> Any:

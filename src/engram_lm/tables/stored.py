@@ -89,7 +89,7 @@ class StoredTable:
     def finish(self, begun: Begun, shape: tuple[int, ...]) -> Tensor:
         """The rows [*shape, width] of a gather that the store began."""
         out = self._empty((*shape, self.width))
-        begun.finish(self._array(out), _OUT[self.dtype])
+        begun.finish(out.data_ptr(), _OUT[self.dtype])
         return out
 
     def _array(self, out: Tensor) -> np.ndarray:
@@ -111,15 +111,16 @@ class StoredTable:
     def prefetch(self, address: Tensor) -> "StoredTicket":
         """Begin a gather and return its ticket. Addresses outside raise now.
 
-        A few rows of a disk are sent for in one system call; more are gathered by a thread, which has to take turns with
-        this one for the interpreter: that cost a decode step a millisecond.
+        A disk has a compiled thread that reads (`tables.ahead`). Elsewhere a Python thread gathers; it has to take turns
+        with this one for the interpreter, which costs a decode step a millisecond.
         """
-        address = address.detach().to("cpu")
-        array = int64(address.numpy())
-        self.store.require_in_range(array.reshape(-1))
-        begun = self.store.begin(array)
-        future = None if begun is not None else self._workers().submit(self.gather, address)
-        return StoredTicket(self, address, future, begun)
+        if address.dtype is not torch.int64 or address.device.type != "cpu" or not address.is_contiguous():
+            address = torch.from_numpy(int64(address.detach().to("cpu").numpy()))
+        begun = self.store.begin(address.data_ptr(), address.numel())
+        if begun is not None:
+            return StoredTicket(self, address, None, begun)
+        self.store.require_in_range(address.numpy().reshape(-1))
+        return StoredTicket(self, address, self._workers().submit(self.gather, address), None)
 
     def _workers(self) -> ThreadPoolExecutor:
         with self._lock:
