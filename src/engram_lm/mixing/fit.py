@@ -6,7 +6,8 @@
     report(gate, held_out)                                  # perplexities by group, and is lambda what it says?
 
 The objective is the likelihood itself, sum of log((1 - lambda) P_model + lambda P_memory): no labels are made up. Every
-group (a domain at one index size, one kind of general text) weighs the same, general groups `general_weight` times that.
+group (a domain at one index size, one kind of general text) weighs the same; general groups together weigh
+`general_weight` times what the others do together.
 
 Who makes examples keeps three rules. A document is looked up in `snapshot.without(its id)`: fitted on documents that the
 index holds, a gate believes every long match and fails on new text (perplexity 149 -> 420 in a first trial). General text is
@@ -258,8 +259,9 @@ def _ratios(examples: Examples) -> np.ndarray:
 
 def _weights(examples: Examples, general_weight: float) -> np.ndarray:
     size_G = np.bincount(examples.group, minlength=len(examples.groups))
-    wanted_G = np.where(examples.general, general_weight, 1.0)
-    return (wanted_G / np.maximum(size_G, 1) / wanted_G.sum())[examples.group]
+    general_G = np.array(examples.general)
+    share_G = np.where(general_G, general_weight / max(general_G.sum(), 1), 1 / max((~general_G).sum(), 1))
+    return (share_G / np.maximum(size_G, 1) / share_G.sum())[examples.group]
 
 
 def _gradient(

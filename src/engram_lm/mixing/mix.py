@@ -52,6 +52,13 @@ class TokenRules:
             if not 0 <= i < self.n_tokens:
                 raise ConfigError(f"Token id {i} is outside the index's {self.n_tokens:,} ids.")
         object.__setattr__(self, "_silent", np.array(self.silent, np.int64))
+        # by id; END at n_tokens, and one more for ids that no memory can mean
+        muted = np.zeros(self.n_tokens + 2, bool)
+        muted[self._silent] = muted[-1] = True  # type: ignore[attr-defined]
+        muted[-2] = self.eos_id is None
+        if self.eos_id is not None:
+            muted[self.eos_id] = False
+        object.__setattr__(self, "_muted", muted)
 
     def prepare(self, p: np.ndarray) -> np.ndarray:
         """P_memory over the tokens, q [n_tokens], out of float32 [n_tokens + 1] (END last); in place, not renormalised."""
@@ -63,11 +70,9 @@ class TokenRules:
 
     def mute(self, token: np.ndarray) -> np.ndarray:
         """bool: where memory may not speak of these ids (END is n_tokens)."""
-        token = np.asarray(token)
-        muted = np.isin(token, self._silent) | (token < 0)  # type: ignore[attr-defined]
-        if self.eos_id is None:
-            return muted | (token >= self.n_tokens)
-        return (muted & (token != self.eos_id)) | (token > self.n_tokens)
+        token = np.asarray(token, np.int64)
+        known = (token >= 0) & (token <= self.n_tokens)
+        return self._muted[np.where(known, token, self.n_tokens + 1)]  # type: ignore[attr-defined]
 
 
 def token_rules(

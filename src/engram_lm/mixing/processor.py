@@ -92,17 +92,12 @@ class MemoryProcessor:
             return scores
         logits_NV = scores.detach().float().cpu().contiguous()
         self._turn ^= 1  # the buffers of the step before are still needed for its records
-        mixed_rows, self._last = [], []
-        for r, context in enumerate(contexts):
-            mixed = self._row(r, context, logits_NV[r], ids_NT.shape[1] - self._prompt_length)
-            if mixed is not None:
-                mixed_rows.append((r, mixed))
-        if not mixed_rows:
-            return scores
-        out = scores.clone()
-        for r, mixed in mixed_rows:
-            out[r] = torch.from_numpy(mixed).to(out.device, out.dtype)
-        return out
+        out_NV = np.empty(logits_NV.shape, np.float32)
+        generated, self._last = ids_NT.shape[1] - self._prompt_length, []
+        mixed = [
+            self._row(r, context, logits_NV[r], generated, out_NV[r]) for r, context in enumerate(contexts)
+        ]
+        return torch.from_numpy(out_NV).to(scores.device, scores.dtype) if any(mixed) else scores
 
     def steps(self, sequences: Any) -> list[list[MemoryStep | None]]:
         """A record for every generated token of what `generate` returned; None where there is none: padding behind an
@@ -122,8 +117,10 @@ class MemoryProcessor:
 
     # ---- inside -------------------------------------------------------------------------------------------------------
 
-    def _row(self, r: int, context: np.ndarray, logits_V: torch.Tensor, generated: int) -> np.ndarray | None:
-        """The mixture of one row, or None where it is the model's own distribution."""
+    def _row(
+        self, r: int, context: np.ndarray, logits_V: torch.Tensor, generated: int, out_V: np.ndarray
+    ) -> bool:
+        """Write the mixture of one row; False where it is the model's own distribution, bit for bit."""
         start = time.perf_counter()
         buffers = self._buffers[self._turn]
         while len(buffers) <= r:
@@ -138,8 +135,7 @@ class MemoryProcessor:
         if memory.count[0] and np.isfinite(lse):
             seen = features(evidence(memory, survey, generated=generated), tokens=self.snapshot.n_tokens)
             lam = float(self.gate.lambdas(seen)[0])
-        mixed = np.empty_like(row_V) if lam else row_V
-        mixture = mix(row_V, q, lam=lam, out=mixed, space=self.gate.space, lse=lse)
+        mixture = mix(row_V, q, lam=lam, out=out_V, space=self.gate.space, lse=lse)
         if self._record == "steps":
             spent = (time.perf_counter() - start) * 1e6
             self._last.append(
@@ -147,7 +143,7 @@ class MemoryProcessor:
                     _key(context), q, logits_V, mixture.lam, mixture.kept, lse, self.gate.space, memory, spent
                 )
             )
-        return mixed if mixture.lam else None
+        return mixture.lam > 0
 
     def _close_steps(self, contexts: list[np.ndarray]) -> None:
         """Now that the chosen tokens are known, write the records of the step before."""
