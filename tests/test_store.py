@@ -45,6 +45,14 @@ def require_equal(snapshot, documents):
             assert dict(zip(token_I.tolist(), count_I.tolist(), strict=True)) == dict(wanted)
 
 
+@pytest.fixture(autouse=True)
+def never_synced():
+    """Nothing here cuts the power; waiting for a disk would be most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 class Index(RuleBasedStateMachine):
     """Any order of changes: a writer and a reader that has been open all along say what a dictionary says."""
 
@@ -272,13 +280,13 @@ def test_delete_during_a_merge_is_in_the_merged_segment(store, monkeypatch):
     store.add([("a", [1, 2]), ("b", [3, 4])])
     store.add([("c", [5]), ("d", [6])])
     store.add([("e", [6, 6])])
-    real, seen = writing.Writer.build, []
+    real, seen = writing.Writer.write, []
 
     def build(self, *args):
         monkeypatch.undo()
         store.delete(["b", "e"])
         store.add([("b", [0, 0]), ("c", [2, 2])], replace="yes")
-        monkeypatch.setattr(writing.Writer, "build", look)
+        monkeypatch.setattr(writing.Writer, "write", look)
         return real(self, *args)
 
     def look(self, *args):
@@ -288,7 +296,7 @@ def test_delete_during_a_merge_is_in_the_merged_segment(store, monkeypatch):
         store.verify()
         return real(self, *args)
 
-    monkeypatch.setattr(writing.Writer, "build", build)
+    monkeypatch.setattr(writing.Writer, "write", build)
     assert store.merge()
     assert seen == [3]
     require_equal(store.snapshot(), [[1, 2], [6], [0, 0], [2, 2]])
@@ -300,7 +308,7 @@ def test_delete_during_a_merge_is_in_the_merged_segment(store, monkeypatch):
         store.delete([document.id for document in store.documents()])
         return real(self, *args)
 
-    monkeypatch.setattr(writing.Writer, "build", build_all_gone)
+    monkeypatch.setattr(writing.Writer, "write", build_all_gone)
     store.merge()
     require_equal(store.snapshot(), [])
     assert sorted(os.listdir(store.directory)) == ["lock", "manifest"]
@@ -320,8 +328,8 @@ def test_merging_in_the_background_keeps_segments_few(tmp_path):
 
 
 def entry(number, live, dead=0):
-    mask = Mask(number=900 + number, documents=1, tokens=dead, seal="0" * 16) if dead else None
-    return Entry(number=number, tokens=live + dead, documents=2, bytes=0, seal="0" * 16, mask=mask)
+    masks = (Mask(number=900 + number, documents=1, tokens=dead, seal="0" * 16),) if dead else ()
+    return Entry(number=number, tokens=live + dead, documents=2, bytes=0, seal="0" * 16, masks=masks)
 
 
 def test_which_segments_are_merged():
@@ -405,10 +413,9 @@ def test_a_purge_that_leaves_something_says_where(tmp_path, monkeypatch):
         rest.unlink()
         store.delete("d1")
         # a rewrite that forgets the mask
-        real = writing.Writer.build
-        both = [documents[name] for name in ("d0", "d1", "d3")]
-        facts = [Document(id=name) for name in ("d0", "d1", "d3")]
-        monkeypatch.setattr(writing.Writer, "build", lambda self, lists, found: real(self, both, facts))
+        real = writing.Writer.write
+        pairs = [(Document(id=name), documents[name]) for name in ("d0", "d1", "d3")]
+        monkeypatch.setattr(writing.Writer, "write", lambda self, found, files: real(self, pairs, files))
         with pytest.raises(CheckpointError, match="still holds the deleted document 'd1'"):
             store.purge()
 
@@ -506,7 +513,7 @@ def signed(facts):
 
 def good():
     part = {"number": 0, "tokens": 9, "documents": 2, "bytes": 4096, "seal": "0" * 16}
-    part["mask"] = {"number": 1, "documents": 1, "tokens": 3, "seal": "1" * 16}
+    part["masks"] = [{"number": 1, "documents": 1, "tokens": 3, "seal": "1" * 16}]
     return {"generation": 3, "next": 5, "vocab_size": 7, "tokenizer": "fp", "tenants": {"public": [part]}}
 
 
@@ -538,10 +545,12 @@ def test_a_manifest_comes_back_as_it_was():
         (("tenants", "public", 0, "tokens"), float("nan"), "tokens is no whole number"),
         (("tenants", "public", 0, "seal"), "x" * 16, "16 hexadecimal digits"),
         (("tenants", "public", 0, "path"), "/tmp", "the unknown field 'path'"),
-        (("tenants", "public", 0, "mask", "documents"), 3, "counts more than its segment"),
-        (("tenants", "public", 0, "mask", "documents"), 0, "counts more than its segment 0, or nothing"),
-        (("tenants", "public", 0, "mask", "tokens"), 10, "counts more than its segment"),
-        (("tenants", "public", 0, "mask"), None, "a mask is no object"),
+        (("tenants", "public", 0, "masks", 0, "documents"), 3, "counts? more than it has"),
+        (("tenants", "public", 0, "masks", 0, "documents"), 4, "mask 1 has 4 documents in 3 tokens"),
+        (("tenants", "public", 0, "masks", 0, "documents"), 0, "mask 1 has 0 documents"),
+        (("tenants", "public", 0, "masks", 0, "tokens"), 10, "the masks of segment 0 count more than it has"),
+        (("tenants", "public", 0, "masks", 0), None, "a mask is no object"),
+        (("tenants", "public", 0, "masks"), {}, "masks is no list"),
     ],
 )
 def test_a_hostile_manifest_is_refused(place, value, text):
@@ -576,7 +585,7 @@ def test_bytes_that_are_no_manifest_are_refused(store):
             Manifest.from_bytes(bytes(flipped), "m")
     store.close()
     (store.directory / "manifest").write_bytes(whole)
-    with pytest.raises(CheckpointError, match=r"0\.segment is missing"):
+    with pytest.raises(CheckpointError, match=r"1\.mask is missing"):
         Store.open(store.directory).snapshot()
 
 
@@ -584,16 +593,16 @@ def test_a_damaged_or_wrong_mask_is_refused():
     dead_documents, dead_rank = np.array([1]), np.array([2, 5, 8])
     whole = mask_to_bytes(0, dead_documents, dead_rank)
     found = Manifest.from_bytes(signed(good()), "m").tenants["public"][0]
-    documents, rank = mask_from_bytes(whole, "m", found)
+    documents, rank = mask_from_bytes(whole, "m", found, found.masks[0])
     assert (documents.tolist(), rank.tolist()) == ([1], [2, 5, 8])
     for at in range(len(whole)):
         flipped = bytearray(whole)
         flipped[at] ^= 1
         with pytest.raises(CheckpointError):
-            mask_from_bytes(bytes(flipped), "m", found)
+            mask_from_bytes(bytes(flipped), "m", found, found.masks[0])
     for size in range(len(whole)):
         with pytest.raises(CheckpointError):
-            mask_from_bytes(whole[:size], "m", found)
+            mask_from_bytes(whole[:size], "m", found, found.masks[0])
     for wrong, text in (
         (mask_to_bytes(4, dead_documents, dead_rank), "not what the manifest says"),
         (mask_to_bytes(0, dead_documents, np.array([2, 5, 9])), "points outside"),
@@ -601,7 +610,7 @@ def test_a_damaged_or_wrong_mask_is_refused():
         (mask_to_bytes(0, np.array([2]), dead_rank), "points outside"),
     ):
         with pytest.raises(CheckpointError, match=text):
-            mask_from_bytes(wrong, "m", found)
+            mask_from_bytes(wrong, "m", found, found.masks[0])
 
 
 def test_a_damaged_file_is_named_by_verify_and_a_swapped_one_when_opened(store, tmp_path):
@@ -633,12 +642,12 @@ def test_a_damaged_file_is_named_by_verify_and_a_swapped_one_when_opened(store, 
     reader = Store.open(store.directory)
     manifest = reader._opened.manifest
     entry = manifest.tenants["public"][0]
-    _, rank = mask_from_bytes(kept[mask], mask, entry)
+    _, rank = mask_from_bytes(kept[mask], mask, entry, entry.masks[0])
     wrong = mask_to_bytes(entry.number, np.array([1]), rank)
     mask.write_bytes(wrong)
     text = (store.directory / "manifest").read_bytes().split(b"\n", 1)[1]
     facts = json.loads(text)
-    facts["tenants"]["public"][0]["mask"]["seal"] = (
+    facts["tenants"]["public"][0]["masks"][0]["seal"] = (
         f"{int(checks.xxh64(np.frombuffer(wrong[:4096], np.uint8))):016x}"
     )
     (store.directory / "manifest").write_bytes(signed(facts))

@@ -50,9 +50,9 @@ def _verify(opened: Opened, progress: Callable[[int, int], None] | None) -> Veri
         segment = open_segment(directory, manifest, entry)
         segment.verify()
         dead: frozenset[int] = frozenset()
-        if entry.mask is not None:
-            dead = _check_mask(opened, entry, segment)
-            masks += 1
+        if entry.masks:
+            dead = _check_masks(opened, entry, segment)
+            masks += len(entry.masks)
         seen = live.setdefault(tenant, set())
         for number in range(segment.n_documents):
             document = segment.document(number)
@@ -78,11 +78,15 @@ def _verify(opened: Opened, progress: Callable[[int, int], None] | None) -> Veri
     )  # fmt: skip
 
 
-def _check_mask(opened: Opened, entry: Entry, segment: Segment) -> frozenset[int]:
-    dead_documents, dead_rank = read_mask(opened.directory, entry)
-    if not np.array_equal(dead_rank, dead_ranks(segment, dead_documents.tolist())):
-        path = opened.directory / mask_name(entry.mask.number)
-        raise CheckpointError(
-            f"{path} hides other places than those of its {len(dead_documents):,} documents."
-        )
-    return frozenset(dead_documents.tolist())
+def _check_masks(opened: Opened, entry: Entry, segment: Segment) -> frozenset[int]:
+    dead: set[int] = set()
+    for mask in entry.masks:
+        path = opened.directory / mask_name(mask.number)
+        documents, rank = read_mask(opened.directory, entry, mask)
+        numbers = documents.tolist()
+        if not np.array_equal(rank, dead_ranks(segment, numbers)):
+            raise CheckpointError(f"{path} hides other places than those of its {len(numbers):,} documents.")
+        if not dead.isdisjoint(numbers):
+            raise CheckpointError(f"{path} hides documents that another mask of its segment hides.")
+        dead.update(numbers)
+    return frozenset(dead)

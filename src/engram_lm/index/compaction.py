@@ -42,7 +42,7 @@ def merge_whole(writer: Writer, tenant: str) -> bool:
             writer.require_writing()
             wait_for_merges(writer)
             for group in groups(writer.manifest.tenants.get(tenant, ()), MOST_TOKENS):
-                if len(group) > 1 or group[0].dead_documents:
+                if len(group) > 1 or group[0].masks:
                     views = _begin(writer, group)
                     break
             else:
@@ -80,17 +80,16 @@ def rewritten(writer: Writer, views: Sequence[View], files: Files) -> tuple[Entr
 
     Also, for each view, the new number of each of its documents: int64, -1 where it was left out.
     """
-    lists, documents, place = [], [], []
+    pairs, place = [], []
     for view in views:
         segment = view.segment
         new_D = np.full(segment.n_documents, -1, np.int64)
         for number in range(segment.n_documents):
             if number not in view.dead_documents:
-                new_D[number] = len(lists)
-                lists.append(segment.document_tokens(number))
-                documents.append(segment.document(number))
+                new_D[number] = len(pairs)
+                pairs.append((segment.document(number), segment.document_tokens(number)))
         place.append(new_D)
-    return (writer.save(writer.build(lists, documents), files) if lists else None), place
+    return (writer.write(pairs, files) if pairs else None), place
 
 
 def _swap(
@@ -110,8 +109,8 @@ def _swap(
             late += new_D[sorted(gone)].tolist()
     new = []
     if entry is not None:
-        entry = writer.masked(entry, late, files)
-        new = [entry] if entry.dead_documents < entry.documents else []
+        left = writer.masked(entry, late, files)
+        new = [left] if left is not None else []
     numbers = {old.number for old in group}
     at = next((i for i, found in enumerate(present) if found.number in numbers), 0)
     kept = [found for found in present[at:] if found.number not in numbers]

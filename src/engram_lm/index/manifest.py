@@ -30,7 +30,7 @@ _MOST_NAME = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Deleted documents of a segment; tokens count their ENDs. seal: XXH64 of the file's start, which holds its checksum."""
+    """Some deleted documents of a segment; tokens count their ENDs. seal: XXH64 of the file's start, its checksum in it."""
 
     number: int
     documents: int
@@ -47,15 +47,15 @@ class Entry:
     documents: int
     bytes: int
     seal: str
-    mask: Mask | None = None
+    masks: tuple[Mask, ...] = ()
 
     @property
     def dead_tokens(self) -> int:
-        return self.mask.tokens if self.mask else 0
+        return sum(mask.tokens for mask in self.masks)
 
     @property
     def dead_documents(self) -> int:
-        return self.mask.documents if self.mask else 0
+        return sum(mask.documents for mask in self.masks)
 
     @property
     def live_tokens(self) -> int:
@@ -83,8 +83,7 @@ class Manifest:
         names = set()
         for _, entry in self.entries():
             names.add(segment_name(entry.number))
-            if entry.mask:
-                names.add(mask_name(entry.mask.number))
+            names.update(mask_name(mask.number) for mask in entry.masks)
         return names
 
     def to_bytes(self) -> bytes:
@@ -144,8 +143,8 @@ def require_tenant(name: object) -> str:
 
 def _entry_to_json(entry: Entry) -> dict[str, Any]:
     facts = asdict(entry)
-    if entry.mask is None:
-        del facts["mask"]
+    if not entry.masks:
+        del facts["masks"]
     return facts
 
 
@@ -182,24 +181,32 @@ def _manifest_of(facts: object) -> Manifest:
 
 def _entry_of(facts: object, limit: int, seen: set[int]) -> Entry:
     names = {"number", "tokens", "documents", "bytes", "seal"}
-    found = _object(facts, "a segment", names, optional={"mask"})
+    found = _object(facts, "a segment", names, optional={"masks"})
     number, tokens, documents, size = (
         _whole(found, name) for name in ("number", "tokens", "documents", "bytes")
     )
     _new_number(number, limit, seen)
     if tokens < documents:
         raise ValueError(f"segment {number} has {documents:,} documents in {tokens:,} tokens")
-    mask = None
-    if "mask" in found:
-        part = _object(found["mask"], "a mask", {"number", "documents", "tokens", "seal"})
-        mask = Mask(
-            number=_whole(part, "number"), documents=_whole(part, "documents"), tokens=_whole(part, "tokens"),
-            seal=_seal(part),
-        )  # fmt: skip
-        _new_number(mask.number, limit, seen)
-        if not 0 < mask.documents <= documents or not mask.documents <= mask.tokens <= tokens:
-            raise ValueError(f"mask {mask.number} counts more than its segment {number}, or nothing")
-    return Entry(number=number, tokens=tokens, documents=documents, bytes=size, seal=_seal(found), mask=mask)
+    masks = found.get("masks", [])
+    if not isinstance(masks, list):
+        raise ValueError("masks is no list")
+    entry = Entry(
+        number=number, tokens=tokens, documents=documents, bytes=size, seal=_seal(found),
+        masks=tuple(_mask_of(mask, limit, seen) for mask in masks),
+    )  # fmt: skip
+    if entry.dead_documents > documents or entry.dead_tokens > tokens:
+        raise ValueError(f"the masks of segment {number} count more than it has")
+    return entry
+
+
+def _mask_of(facts: object, limit: int, seen: set[int]) -> Mask:
+    found = _object(facts, "a mask", {"number", "documents", "tokens", "seal"})
+    number, documents, tokens = (_whole(found, name) for name in ("number", "documents", "tokens"))
+    _new_number(number, limit, seen)
+    if not 0 < documents <= tokens:
+        raise ValueError(f"mask {number} has {documents:,} documents in {tokens:,} tokens")
+    return Mask(number=number, documents=documents, tokens=tokens, seal=_seal(found))
 
 
 def _object(found: object, what: str, names: set[str], optional: set[str] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]

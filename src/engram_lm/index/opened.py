@@ -12,6 +12,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from engram_lm.errors import CheckpointError
 from engram_lm.index.durable import same_file
 from engram_lm.index.manifest import (
@@ -20,11 +22,12 @@ from engram_lm.index.manifest import (
     SEALED,
     Entry,
     Manifest,
+    Mask,
     mask_name,
     seal,
     segment_name,
 )
-from engram_lm.index.masks import mask_from_bytes
+from engram_lm.index.masks import Dead, mask_from_bytes, merged
 from engram_lm.index.segment import Segment
 from engram_lm.index.snapshot import View
 
@@ -36,7 +39,8 @@ class Opened:
         self.directory = directory
         self._lock = threading.RLock()
         self._segments: dict[str, Segment] = {}
-        self._views: dict[tuple[str, str], View] = {}
+        self._masks: dict[str, Dead] = {}
+        self._views: dict[tuple[str, ...], View] = {}
         self.manifest, self._file = read_manifest(directory)
 
     @property
@@ -59,7 +63,9 @@ class Opened:
             self.manifest, self._file = manifest, file
             entries = [entry for _, entry in manifest.entries()]
             segments, views = {entry.seal for entry in entries}, {_key(entry) for entry in entries}
+            masks = {mask.seal for entry in entries for mask in entry.masks}
             self._segments = {name: found for name, found in self._segments.items() if name in segments}
+            self._masks = {name: found for name, found in self._masks.items() if name in masks}
             self._views = {name: found for name, found in self._views.items() if name in views}
 
     def views(self, tenants: Sequence[str]) -> list[View]:
@@ -75,17 +81,25 @@ class Opened:
             return self._segments[entry.seal]
 
     def view(self, entry: Entry) -> View:
-        """A segment and its mask."""
+        """A segment without its deleted documents."""
         with self._lock:
             key = _key(entry)
             if key not in self._views:
-                segment = self.segment(entry)
-                if entry.mask is None:
-                    self._views[key] = View(segment, dead_documents=())
-                else:
-                    dead_documents, dead_rank = read_mask(self.directory, entry)
-                    self._views[key] = View(segment, dead_rank, dead_documents)
+                dead = merged([_NONE, *(self.mask(entry, mask) for mask in entry.masks)])
+                self._views[key] = View(self.segment(entry), dead[1], dead[0])
             return self._views[key]
+
+    def mask(self, entry: Entry, mask: Mask) -> Dead:
+        """What a mask of an entry says."""
+        with self._lock:
+            if mask.seal not in self._masks:
+                self._masks[mask.seal] = read_mask(self.directory, entry, mask)
+            return self._masks[mask.seal]
+
+    def keep(self, mask: Mask, dead: Dead) -> None:
+        """What a mask says that was just written: it need not be read."""
+        with self._lock:
+            self._masks[mask.seal] = dead
 
     def close(self) -> None:
         """Forget the files; snapshots keep what they have mapped."""
@@ -93,15 +107,18 @@ class Opened:
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
-            self._segments, self._views = {}, {}
+            self._segments, self._masks, self._views = {}, {}, {}
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0:
             os.close(self._file)
 
 
-def _key(entry: Entry) -> tuple[str, str]:
-    return entry.seal, entry.mask.seal if entry.mask else ""
+_NONE: Dead = (np.empty(0, np.uint32), np.empty(0, np.uint32))
+
+
+def _key(entry: Entry) -> tuple[str, ...]:
+    return entry.seal, *(mask.seal for mask in entry.masks)
 
 
 def read_manifest(directory: Path) -> tuple[Manifest, int]:
@@ -146,9 +163,8 @@ def open_segment(directory: Path, manifest: Manifest, entry: Entry) -> Segment:
     return segment
 
 
-def read_mask(directory: Path, entry: Entry) -> tuple:
-    """Dead documents and dead places of an entry that has a mask."""
-    mask = entry.mask
+def read_mask(directory: Path, entry: Entry, mask: Mask) -> Dead:
+    """Dead documents and dead places of an entry's mask."""
     path = directory / mask_name(mask.number)
     try:
         data = path.read_bytes()
@@ -158,7 +174,7 @@ def read_mask(directory: Path, entry: Entry) -> tuple:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
     if seal(data) != mask.seal:
         raise CheckpointError(f"{path} is not the file that the manifest names: restore it, or run verify.")
-    return mask_from_bytes(data, path, entry)
+    return mask_from_bytes(data, path, entry, mask)
 
 
 def sealed(path: Path, number: int, segment: Segment) -> Entry:

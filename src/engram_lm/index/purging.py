@@ -17,7 +17,7 @@ from engram_lm.index.compaction import rewritten, wait_for_merges
 from engram_lm.index.manifest import Entry, Manifest, segment_name
 from engram_lm.index.segment import Segment, sha256_of
 from engram_lm.index.snapshot import View
-from engram_lm.index.writing import Writer
+from engram_lm.index.writing import Writer, to_delete
 from engram_lm.kernels import rescan
 
 WINDOW = 16  # tokens
@@ -81,16 +81,16 @@ def _views_to_purge(writer: Writer, tenants: Sequence[str], ids: dict[str, Seque
     """By segment's number: what is deleted in it, and what is to be."""
     views = {}
     for tenant, entries in writer.manifest.tenants.items():
-        more = writer.to_delete(tenant, entries, ids.get(tenant, ()), "error")
+        more = to_delete(writer.finder(tenant), tenant, ids.get(tenant, ()), "error")
         for entry in entries:
             view = writer.opened.view(entry)
             if entry.number in more:
                 dead = view.dead_documents | more[entry.number]
                 views[entry.number] = View(view.segment, view.dead_rank, dead)
-            elif entry.mask and tenant in tenants:
+            elif entry.masks and tenant in tenants:
                 views[entry.number] = view
     for tenant in ids.keys() - writer.manifest.tenants.keys():
-        writer.to_delete(tenant, (), ids[tenant], "error")
+        to_delete(writer.finder(tenant), tenant, ids[tenant], "error")
     return views
 
 

@@ -19,14 +19,16 @@ import numpy as np
 
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.index import durable
+from engram_lm.index.finding import Finder
 from engram_lm.index.locking import WriterLock
 from engram_lm.index.manifest import MANIFEST, Entry, Manifest, Mask, mask_name, seal, segment_name
-from engram_lm.index.masks import mask_to_bytes
+from engram_lm.index.masks import mask_to_bytes, merged
 from engram_lm.index.opened import Opened, sealed
-from engram_lm.index.segment import Document, Segment
+from engram_lm.index.segment import Document, Segment, write_segment
 from engram_lm.index.snapshot import dead_ranks
 
 SEGMENT_TOKENS = 2**26  # an add of more becomes several segments
+IN_MEMORY_TOKENS = 2**20  # more are written part by part as they are sorted
 MOST_ID = 4096
 
 Tokens = Sequence[int] | np.ndarray
@@ -152,122 +154,120 @@ class Writer:
         delete = [delete] if isinstance(delete, str) else list(delete)
         self.require_writing()
         with self.change() as files:
-            added, entries = set[str](), []
-            for segment, ids in self._segments(tenant, add, delete, replace, added):
-                entries.append(self.save(segment, files))
+            finder, added, entries = self.finder(tenant), set[str](), []
+            for segment, ids in self._segments(
+                tenant, add, delete if replace == "no" else None, finder, added, files
+            ):
+                entries.append(segment)
                 added |= ids
             with self.changing:
                 present = self.manifest.tenants.get(tenant, ())
-                dead = self.to_delete(tenant, present, delete, missing)
+                if present != finder.entries:
+                    finder = self.finder(tenant)
+                dead = to_delete(finder, tenant, delete, missing)
                 for id in added:
-                    place = self.find(present, id)
+                    place = finder.find(id)
                     if place is not None and place[1] not in dead.get(place[0].number, ()):
                         if replace == "no":
                             raise _duplicate(id, tenant)
                         dead.setdefault(place[0].number, set()).add(place[1])
                 if not dead and not entries:
                     return self.manifest.generation
-                present = tuple(self.masked(entry, dead.get(entry.number, ()), files) for entry in present)
-                kept = tuple(entry for entry in present if entry.dead_documents < entry.documents)
-                return self.commit({**self.manifest.tenants, tenant: (*kept, *entries)})
+                kept = [self.masked(entry, dead.get(entry.number, ()), files) for entry in present]
+                left = tuple(entry for entry in kept if entry is not None)
+                return self.commit({**self.manifest.tenants, tenant: (*left, *entries)})
 
     # ---- adding -------------------------------------------------------------------------------------------------------
 
     def _segments(
-        self, tenant: str, add: Iterable[Item], delete: Sequence[str], replace: str, added: set[str]
-    ) -> Iterator[tuple[Segment, set[str]]]:
-        """The documents to add, some at a time. A duplicate that is there already is refused before anything is sorted."""
-        going, now = set(delete), time.time()
-        ids, facts, lists, total = set[str](), [], [], 0
+        self, tenant: str, add: Iterable[Item], going: Iterable[str] | None, finder: Finder, added: set[str], files: Files
+    ) -> Iterator[tuple[Entry, set[str]]]:  # fmt: skip
+        """Segments of the documents to add and their ids. A duplicate is refused before anything is sorted.
+
+        going: ids that may be there already; None: all may.
+        """
+        may, now = set(going or ()), time.time()
+        ids, pairs, total = set[str](), [], 0
         for item in add:
             document, tokens = described(item, now)
             if document.id in ids or document.id in added:
                 raise ConfigError(
                     f"The document {document.id!r} is there twice in one add. Give each its own id."
                 )
-            if replace == "no" and document.id not in going and self.locate(tenant, document.id) is not None:
+            if going is not None and document.id not in may and finder.find(document.id) is not None:
                 raise _duplicate(document.id, tenant)
             ids.add(document.id)
-            facts.append(document)
-            lists.append(tokens)
+            pairs.append((document, tokens))
             total += len(tokens) + 1
             if total >= SEGMENT_TOKENS:
-                yield self.build(lists, facts), ids
-                ids, facts, lists, total = set(), [], [], 0
-        if facts:
-            yield self.build(lists, facts), ids
+                yield self.write(pairs, files), ids
+                ids, pairs, total = set(), [], 0
+        if pairs:
+            yield self.write(pairs, files), ids
 
-    def build(self, lists: Sequence[Tokens], documents: Sequence[Document]) -> Segment:
-        manifest = self.manifest
-        return Segment.build(
-            lists, vocab_size=manifest.vocab_size, tokenizer=manifest.tokenizer, documents=documents
-        )
-
-    def save(self, segment: Segment, files: Files) -> Entry:
-        """Write and sync a segment under a new number; its name in the directory is synced by `commit`."""
+    def write(self, pairs: Sequence[tuple[Document, Tokens]], files: Files) -> Entry:
+        """Sort documents into a segment on disk; its name in the directory is synced by `commit`."""
+        facts = {"vocab_size": self.manifest.vocab_size, "tokenizer": self.manifest.tokenizer}
         number = self.new_number()
         path = self.directory / segment_name(number)
         files.paths.append(path)
-        segment.save(path, sync="file")
+        if sum(len(tokens) for _, tokens in pairs) > IN_MEMORY_TOKENS:
+            segment = write_segment(path, pairs, **facts, sync="file")
+        else:
+            documents, lists = [document for document, _ in pairs], [tokens for _, tokens in pairs]
+            segment = Segment.build(lists, documents=documents, **facts)
+            segment.save(path, sync="file")
         return sealed(path, number, segment)
 
     # ---- deleting -----------------------------------------------------------------------------------------------------
 
-    def find(self, entries: Sequence[Entry], document_id: str) -> tuple[Entry, int] | None:
-        """Where a live document is: its segment and its number there."""
-        for entry in reversed(entries):
-            number = self.opened.segment(entry).number_of(document_id)
-            if number >= 0 and number not in self.opened.view(entry).dead_documents:
-                return entry, number
-        return None
-
-    def locate(self, tenant: str, document_id: str) -> tuple[Entry, int] | None:
+    def finder(self, tenant: str) -> Finder:
+        """Of the documents that a tenant has now."""
         with self.changing:
-            return self.find(self.manifest.tenants.get(tenant, ()), document_id)
+            return Finder(self.opened, self.manifest.tenants.get(tenant, ()))
 
-    def to_delete(
-        self, tenant: str, entries: Sequence[Entry], delete: Sequence[str], missing: str
-    ) -> dict[int, set[int]]:
-        """Numbers of these documents, by segment. ConfigError names one that is not there, unless `missing` is "ignore"."""
-        dead: dict[int, set[int]] = {}
-        unknown = []
-        for id in dict.fromkeys(delete):
-            place = self.find(entries, id)
-            if place is None:
-                unknown.append(id)
-            else:
-                dead.setdefault(place[0].number, set()).add(place[1])
-        if unknown and missing == "error":
-            more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
-            raise ConfigError(
-                f"There is no document {unknown[0]!r}{more} in the tenant {tenant!r} (never added, or deleted already). "
-                'Nothing was deleted; missing="ignore" passes over such ids.'
-            )
-        return dead
+    def masked(self, entry: Entry, numbers: Iterable[int], files: Files) -> Entry | None:
+        """The entry with these live documents deleted as well, its mask on disk; None where nothing of it lives on.
 
-    def masked(self, entry: Entry, numbers: Iterable[int], files: Files) -> Entry:
-        """The entry with these live documents deleted as well; its new mask is on disk."""
-        more = sorted(numbers)
-        if not more:
+        The last masks are taken into the new one while they are not much larger: there are few, and each token is written
+        few times.
+        """
+        documents = np.array(sorted(numbers), np.uint32)
+        if not len(documents):
             return entry
-        view = self.opened.view(entry)
-        segment = view.segment
-        documents = np.union1d(np.fromiter(view.dead_documents, np.int64), np.array(more, np.int64))
-        if len(documents) == entry.documents:
-            # nobody will read it: the segment goes with this generation
-            return replace(
-                entry, mask=Mask(number=0, documents=entry.documents, tokens=entry.tokens, seal="")
-            )
-        rank = np.concatenate([view.dead_rank, dead_ranks(segment, more)])
-        rank.sort(kind="stable")
+        if entry.dead_documents + len(documents) == entry.documents:
+            return None
+        dead = documents, dead_ranks(self.opened.segment(entry), documents.tolist())
+        masks = list(entry.masks)
+        while masks and masks[-1].tokens <= 2 * len(dead[1]):
+            dead = merged([self.opened.mask(entry, masks.pop()), dead])
         number = self.new_number()
         path = self.directory / mask_name(number)
-        data = mask_to_bytes(entry.number, documents, rank)
+        data = mask_to_bytes(entry.number, *dead)
         files.paths.append(path)
         os.close(durable.write_synced(path, data))
-        return replace(
-            entry, mask=Mask(number=number, documents=len(documents), tokens=len(rank), seal=seal(data))
+        mask = Mask(number=number, documents=len(dead[0]), tokens=len(dead[1]), seal=seal(data))
+        self.opened.keep(mask, dead)
+        return replace(entry, masks=(*masks, mask))
+
+
+def to_delete(finder: Finder, tenant: str, delete: Iterable[str], missing: str) -> dict[int, set[int]]:
+    """Numbers of these documents, by segment. ConfigError names one that is not there, unless `missing` is "ignore"."""
+    dead: dict[int, set[int]] = {}
+    unknown = []
+    for id in dict.fromkeys(delete):
+        place = finder.find(id)
+        if place is None:
+            unknown.append(id)
+        else:
+            dead.setdefault(place[0].number, set()).add(place[1])
+    if unknown and missing == "error":
+        more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+        raise ConfigError(
+            f"There is no document {unknown[0]!r}{more} in the tenant {tenant!r} (never added, or deleted already). "
+            'Nothing was deleted; missing="ignore" passes over such ids.'
         )
+    return dead
 
 
 def described(item: Item, now: float) -> tuple[Document, Tokens]:
