@@ -1,0 +1,69 @@
+"""The app that commands hang on, options that several share, and how a command line ends."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+
+from engram_lm import __version__
+from engram_lm.errors import EngramError
+
+REFUSED, INTERRUPTED, READER_GONE = 2, 130, 141
+
+app = App(
+    name="engram-lm",
+    help="Memory for language models that is looked up, not computed.",
+    version=__version__,
+    help_format="plaintext",
+    suppress_keyboard_interrupt=False,
+)
+
+# A list of ids may begin with -1.
+IdList = Annotated[str, Parameter(allow_leading_hyphen=True)]
+# Off unless given: there is no --no-json.
+Flag = Annotated[bool, Parameter(negative="")]
+# --data a.txt b.txt
+FileList = Annotated[list[str], Parameter(consume_multiple=True, negative="")]
+
+
+@app.command
+def version() -> None:
+    """Print the versions of engram-lm, Python and the libraries whose arithmetic it uses."""
+    import platform
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as version_of
+
+    print(f"engram-lm {__version__}")
+    print(f"python {platform.python_version()}")
+    for name in ("numpy", "numba", "tokenizers", "torch", "transformers", "triton", "vllm"):
+        try:
+            print(f"{name} {version_of(name)}")
+        except PackageNotFoundError:
+            print(f"{name} not installed")
+
+
+def run(tokens: Sequence[str] | None = None) -> int:
+    """Run one command line (default: this process's) and return its exit code."""
+    try:
+        result = app(
+            tokens, exit_on_error=False, print_error=False, help_on_error=False, result_action="return_value"
+        )
+        sys.stdout.flush()
+    except (EngramError, CycloptsError) as refusal:
+        print(f"engram-lm: {' '.join(str(refusal).split())}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("engram-lm: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python would complain once more when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    return result if isinstance(result, int) else 0
+
+
+def main() -> None:
+    """Entry point of the `engram-lm` command."""
+    sys.exit(run())

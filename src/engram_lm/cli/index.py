@@ -1,0 +1,1 @@
+"""Commands about indexes of documents."""

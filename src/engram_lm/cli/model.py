@@ -1,0 +1,322 @@
+"""Commands about models with memory: train, generate, trace, demo, and the addresses of ids."""
+
+from pathlib import Path
+from typing import Literal
+
+from engram_lm.cli.app import FileList, Flag, IdList, app
+
+
+@app.command
+def addresses(
+    *,
+    profile: str,
+    layer: int,
+    ids: IdList,
+    canonical: Flag = False,
+    json: Flag = False,
+    layers: IdList | None = None,
+    rows_per_head: int | None = None,
+    vocab_size: int | None = None,
+    fill_id: int | None = None,
+    eos_ids: IdList | None = None,
+) -> None:
+    """Print the table rows that token ids read, head by head, counted within each head.
+
+    Parameters
+    ----------
+    profile
+        Address scheme: paper, deepseek-v4.1, qwen-ple or longcat.
+    layer
+        Block that reads the memory, from 0.
+    ids
+        Token ids with commas between them, such as 0,5,17,-1,42.
+    canonical
+        The ids are canonical ones; -1 is a dead token.
+    json
+        Print JSON, one list of rows a token, instead of a table.
+    layers
+        All blocks that read the memory, if not the released model's: moduli depend on them.
+    rows_per_head
+        Rows wanted of each head, if not the profile's.
+    vocab_size
+        Number of ids that are hashed, if not the released model's.
+    fill_id
+        Id that stands before the start, if not the released model's.
+    eos_ids
+        Ids that end a text, for profiles that stop there.
+    """
+    from engram_lm.addressing.command import addresses_command, parse_ids
+
+    printed = addresses_command(
+        profile=profile,
+        layer=layer,
+        ids=ids,
+        canonical=canonical,
+        json=json,
+        layers=None if layers is None else parse_ids(layers),
+        rows_per_head=rows_per_head,
+        vocab_size=vocab_size,
+        fill_id=fill_id,
+        eos_ids=() if eos_ids is None else parse_ids(eos_ids),
+    )
+    print(printed)
+
+
+@app.command
+def train(
+    base: str | None = None,
+    *,
+    out: Path,
+    data: FileList | None = None,
+    config: Path | None = None,
+    resume: Flag = False,
+    overwrite: Flag = False,
+    field: str | None = None,
+    txt_documents: Literal["file", "line", "paragraph"] | None = None,
+    mode: Literal["memory", "lora", "all"] | None = None,
+    lora_rank: int | None = None,
+    layers: str | None = None,
+    profile: str | None = None,
+    orders: str | None = None,
+    heads: int | None = None,
+    rows_per_head: int | None = None,
+    head_width: int | None = None,
+    conv_kernel: int | None = None,
+    hash_seed: int | None = None,
+    rule: str | None = None,
+    tokens: int | None = None,
+    epochs: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int | None = None,
+    accumulation: int | None = None,
+    packing: Literal["concat", "documents"] | None = None,
+    holdout: float | None = None,
+    eval_tokens: int | None = None,
+    learning_rate: float | None = None,
+    warmup: float | None = None,
+    schedule: Literal["cosine", "linear", "constant"] | None = None,
+    weight_decay: float | None = None,
+    clip: float | None = None,
+    eval_every: int | None = None,
+    save_every: int | None = None,
+    log_every: int | None = None,
+    keep_checkpoints: int | None = None,
+    seed: int | None = None,
+    minutes: float | None = None,
+    device: Literal["auto", "cpu"] | None = None,
+) -> int:
+    """Train memory on a model: engram-lm train smollm2 --data corpus.jsonl --out runs/first
+
+    The same command goes on where an earlier one was cut off. Ctrl-C stops with a checkpoint.
+
+    Parameters
+    ----------
+    base
+        smollm2, scratch:tiny, scratch:small, scratch:base, a directory, or a hub name.
+    out
+        Directory of the run: options, metrics, picture, checkpoints, and at the end the memory.
+    data
+        Files or globs of .txt and .jsonl, plain or with .gz or .xz after it.
+    config
+        JSON file of these options, such as an earlier run's train.json; what is given here comes first.
+    resume
+        Go on with the run in --out; its own options are used.
+    overwrite
+        Replace the run that --out holds.
+    field
+        Field of a JSONL line that holds the text (text).
+    txt_documents
+        What a document of a .txt file is (paragraph).
+    mode
+        What trains: memory alone, memory and a LoRA adapter, or all (memory; all for scratch bases).
+    lora_rank
+        Rank of the adapter (8).
+    layers
+        Blocks before which memory enters, from 0, with commas (1 and the middle one).
+    profile
+        Address scheme (paper).
+    orders
+        N-gram lengths, with commas (the profile's, 2,3).
+    heads
+        Hash heads of each order (the profile's, 8).
+    rows_per_head
+        Rows of each head (20011).
+    head_width
+        Numbers a row (32).
+    conv_kernel
+        Taps of the short conv, 0 for none (the profile's, 4).
+    hash_seed
+        Seed of the hash multipliers (the profile's).
+    rule
+        How rows train: row-adam, row-adam-momentum, row-momentum-sinkhorn, row-rmsprop or sgd (row-adam).
+    tokens
+        How many tokens to train on (all of the training side).
+    epochs
+        Passes over them (1).
+    sequence_length
+        Tokens a sequence (256).
+    batch_size
+        Sequences a forward (8).
+    accumulation
+        Forwards a step (1).
+    packing
+        Sequences cut from one stream, or with documents kept apart (concat).
+    holdout
+        Share of the documents that is never trained on and measured (0.02).
+    eval_tokens
+        Most held-out tokens measured at a time (16384).
+    learning_rate
+        Highest rate; rows train at 5 times it (0.001).
+    warmup
+        Share of the steps over which the rate rises (0.05).
+    schedule
+        How the rate falls after that (cosine).
+    weight_decay
+        On matrices, never on rows (0).
+    clip
+        Largest gradient norm, 0 for none (1).
+    eval_every
+        Steps between measurements (a tenth of the run).
+    save_every
+        Steps between checkpoints (a tenth of the run).
+    log_every
+        Steps a line of metrics.jsonl (10, fewer in a short run).
+    keep_checkpoints
+        How many checkpoints stay (2).
+    seed
+        Of initial values and the order of the text (0).
+    minutes
+        Stop after this long with a checkpoint; the same command goes on.
+    device
+        auto takes an accelerator where there is one (auto).
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    from engram_lm.runs.command import train_command
+
+    return train_command(given)
+
+
+@app.command
+def generate(
+    directory: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int | None = None,
+    chat: Flag = False,
+    memory: Literal["on", "off"] = "on",
+    tier: Literal["device", "host", "disk", "cached"] = "device",
+    cache_mb: int | None = None,
+    heat: Literal["share", "gate"] | None = None,
+    block: int | None = None,
+    branch: int | None = None,
+    full: float | None = None,
+    color: Literal["auto", "always", "never"] = "auto",
+) -> None:
+    """Go on with a text; its background reddens where memory adds most.
+
+    Parameters
+    ----------
+    directory
+        What engram-lm train wrote, or one of its checkpoints.
+    prompt
+        The text to go on with.
+    max_new_tokens
+        Most tokens that are generated.
+    temperature
+        0 takes the likeliest token; above that, tokens are drawn.
+    seed
+        Of the draws.
+    chat
+        Put the prompt into the chat template and print the answer alone.
+    memory
+        off runs the model without its memory.
+    tier
+        Where the rows are read: the model's device, host memory, the files on disk, or cached: disk with hot rows kept.
+    cache_mb
+        MB of memory for the hot rows of each table, for --tier cached.
+    heat
+        What the red means: share, |added| / |hidden state| (the default), or gate, which is 0.5 for empty rows.
+    block
+        Look at the memory before this block alone, not at the strongest.
+    branch
+        Look at this residual branch alone.
+    full
+        The share that is full red; default what the training run measured, else the prompt's strongest.
+    color
+        auto: on a terminal, and not where NO_COLOR is set.
+    """
+    from engram_lm.show.command import generate_command
+
+    generate_command(
+        directory,
+        prompt,
+        heat=heat,
+        block=block,
+        branch=branch,
+        full=full,
+        memory=memory,
+        tier=tier,
+        cache_bytes=None if cache_mb is None else cache_mb << 20,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        color=color,
+    )
+
+
+@app.command
+def trace(
+    directory: Path,
+    text: str,
+    *,
+    block: int | None = None,
+    branch: int | None = None,
+    limit: int = 40,
+    json: Flag = False,
+) -> None:
+    """Print what memory reads at every token of a text: n-grams, gates, shares, norms, addresses.
+
+    Parameters
+    ----------
+    directory
+        What engram-lm train wrote, or one of its checkpoints.
+    text
+        The text to trace.
+    block
+        The memory before this block alone.
+    branch
+        This residual branch alone.
+    limit
+        Most tokens that are shown, 0 for all.
+    json
+        Print JSON with all addresses instead of tables.
+    """
+    from engram_lm.show.command import trace_command
+
+    trace_command(directory, text, block=block, branch=branch, limit=limit, as_json=json)
+
+
+@app.command
+def demo(
+    *,
+    memory: Path | None = None,
+    max_new_tokens: int = 32,
+    color: Literal["auto", "always", "never"] = "auto",
+) -> None:
+    """Show a language model with a trained memory: where the memory speaks, and the same text without it.
+
+    Parameters
+    ----------
+    memory
+        Directory of the memory; default the one in the clone, demo/memory.
+    max_new_tokens
+        Tokens generated for each prompt.
+    color
+        auto: on a terminal, and not where NO_COLOR is set.
+    """
+    from engram_lm.show.demo import demo_command
+
+    demo_command(memory=memory, max_new_tokens=max_new_tokens, color=color)
