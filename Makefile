@@ -12,7 +12,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
     && { echo $$python; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types bench-core bench-tables demo
+.PHONY: help setup test test-all lint types bench-core bench-tables bench-index demo
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ bench-core: setup ## time the core on one thread; the last line is JSON
 
 bench-tables: setup ## time tables in host memory, on disk and in training; needs fio; the last line is JSON
 	$(BIN)/python benchmarks/tables.py
+
+bench-index: setup ## the index on real text beside infini-gram; ENGRAM_INDEX_TEXT names the text; the last line is JSON
+	$(BIN)/python benchmarks/index.py
 
 demo: setup ## a language model with memory, and where the memory speaks
 	$(BIN)/engram-lm demo
