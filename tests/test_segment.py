@@ -178,6 +178,9 @@ def test_a_line_of_a_document_holds_what_it_should(saved):
         opened = Segment.open(path)
         with pytest.raises(CheckpointError, match="line is damaged"):
             opened.document(1)
+        if b'"a"' not in line:
+            with pytest.raises(CheckpointError, match="line is damaged"):
+                opened.number_of("b")
 
 
 def test_a_large_file_is_mapped_and_verified_when_asked(tmp_path, monkeypatch):
@@ -197,6 +200,20 @@ def test_a_large_file_is_mapped_and_verified_when_asked(tmp_path, monkeypatch):
     Segment.open(path, verify="all").verify()
     with pytest.raises(ConfigError, match="verify is 'small', 'all' or 'none'"):
         Segment.open(path, verify="some")
+
+
+def test_what_was_not_verified_reads_nothing_outside(saved, monkeypatch):
+    monkeypatch.setattr(segment_file, "SMALL_BYTES", 1000)
+    segment, path = saved
+    rng = np.random.default_rng(7)
+    for high in (2**32, 3000):
+        order = rng.integers(0, high, len(segment)).astype(np.uint32)
+        forged(path, segment, order=order, next=rng.integers(0, 2**16, len(segment)).astype(np.uint16))
+        opened = Segment.open(path)
+        for start in range(0, 600, 7):
+            match = opened.match(segment.tokens[start : start + 20])
+            for d in range(match.depth + 1):
+                opened.continuations(match, d)
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------------

@@ -176,27 +176,28 @@ class Segment:
 
     def document(self, number: int) -> Document:
         """What is known of the document `number`."""
-        line = self.arrays["document_line"]
-        if not 0 <= number < self.n_documents:
-            raise IndexError(f"There is no document {number} among {self.n_documents:,}.")
-        text = self.arrays["documents"][int(line[number]) : int(line[number + 1])].tobytes()
-        return Document.from_line(
-            text, self.arrays["document_sha256"][32 * number : 32 * number + 32].tobytes().hex()
-        )
+        sha256 = self.arrays["document_sha256"][32 * number : 32 * number + 32].tobytes().hex()
+        return Document.from_line(self._line(number), sha256)
 
     def number_of(self, document_id: str) -> int:
         """The number of the first document with this id, -1 where there is none."""
         by_id = self.arrays["document_by_id"]
-        low, high = 0, len(by_id)
+        low, high, found = 0, len(by_id), -1
         while low < high:
             middle = (low + high) // 2
-            if self.document(int(by_id[middle])).id < document_id:
+            number = int(by_id[middle])
+            known = _id_of(self._line(number))
+            if known < document_id:
                 low = middle + 1
             else:
-                high = middle
-        if low < len(by_id) and self.document(int(by_id[low])).id == document_id:
-            return int(by_id[low])
-        return -1
+                high, found = middle, number if known == document_id else found
+        return found
+
+    def _line(self, number: int) -> bytes:
+        if not 0 <= number < self.n_documents:
+            raise IndexError(f"There is no document {number} among {self.n_documents:,}.")
+        at = self.arrays["document_line"]
+        return self.arrays["documents"][int(at[number]) : int(at[number + 1])].tobytes()
 
     def document_tokens(self, number: int) -> np.ndarray:
         """Its tokens, without END."""
@@ -325,6 +326,14 @@ def documents_in(
 def sha256_of(tokens: np.ndarray) -> str:
     """Of token ids as little-endian u32: equal for equal texts under one tokenizer."""
     return hashlib.sha256(np.ascontiguousarray(tokens, "<u4").tobytes()).hexdigest()
+
+
+def _id_of(line: bytes) -> str:
+    try:
+        known = json.loads(line)["id"]
+        return known if isinstance(known, str) else Document.from_line(line, "").id
+    except (TypeError, ValueError, KeyError):
+        return Document.from_line(line, "").id
 
 
 # ---- parts of building ------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from numba import njit
 def _back(tokens_N, position, depth, end):
     """The token `depth` + 1 before a position, -1 where its document has begun."""
     at = np.int64(position) - 1 - depth
-    if at < 0:
+    # a position comes from a file that may not have been verified
+    if at < 0 or at >= tokens_N.shape[0]:
         return np.int64(-1)
     token = np.int64(tokens_N[at])
     return np.int64(-1) if token == end else token
