@@ -146,7 +146,7 @@ def test_many_orders_of_changes_give_what_a_dictionary_gives():
     from hypothesis.stateful import run_state_machine_as_test
 
     run_state_machine_as_test(
-        Index, settings=settings(max_examples=150, stateful_step_count=30, deadline=None)
+        Index, settings=settings(max_examples=60, stateful_step_count=25, deadline=None)
     )
 
 
@@ -420,6 +420,20 @@ def test_a_purge_that_leaves_something_says_where(tmp_path, monkeypatch):
             store.purge()
 
 
+def test_a_purge_of_one_tenant_names_another_that_keeps_the_same_deleted(tmp_path):
+    (text,) = random_documents(1, 100, 5000).values()
+    with Store.create(tmp_path / "i", vocab_size=5000, merging="by hand") as store:
+        for tenant in ("a", "b"):
+            store.add([("same", text), ("other", [1])], tenant=tenant)
+            store.delete("same", tenant=tenant)
+        with pytest.raises(
+            CheckpointError, match=r"document 'same' of the tenant 'b'\. Purge that tenant too"
+        ):
+            store.purge(tenant="a")
+        assert store.purge().documents == 1
+        store.verify()
+
+
 def test_runs_are_found_wherever_they_stand():
     rng = np.random.default_rng(3)
     lists = [rng.integers(0, 60_000, n).astype(np.uint16) for n in (15, 16, 17, 64, 100)]
@@ -464,6 +478,8 @@ def test_another_tokenizer_vocabulary_directory_or_mode_is_refused(store, tmp_pa
     (store.directory / "manifest").unlink()
     with pytest.raises(CheckpointError, match="an index that lost it"):
         make(store.directory)
+    with pytest.raises(ConfigError, match="tokenizer is a fingerprint"):
+        Store.create(tmp_path / "other", vocab_size=7, tokenizer=None)
     for vocab in (0, True, 2**31, "7"):
         with pytest.raises(ConfigError, match="vocab_size is a whole number"):
             Store.create(tmp_path / "other", vocab_size=vocab)
@@ -611,6 +627,41 @@ def test_a_damaged_or_wrong_mask_is_refused():
     ):
         with pytest.raises(CheckpointError, match=text):
             mask_from_bytes(wrong, "m", found, found.masks[0])
+
+
+def test_masks_that_hide_the_same_twice_are_refused(store):
+    store.add([(f"d{i}", [i, i, i]) for i in range(6)])
+    store.delete(["d0", "d1", "d2"])
+    store.delete("d3")
+    first, second = sorted(store.directory.glob("*.mask"))
+    (entry,) = store._opened.manifest.tenants["public"]
+    documents, rank = mask_from_bytes(first.read_bytes(), first, entry, entry.masks[0])
+    wrong = mask_to_bytes(entry.number, documents[:1], rank[:4])
+    store.close()
+    second.write_bytes(wrong)
+    facts = json.loads((store.directory / "manifest").read_bytes().split(b"\n", 1)[1])
+    facts["tenants"]["public"][0]["masks"][1]["seal"] = (
+        f"{int(checks.xxh64(np.frombuffer(wrong, np.uint8))):016x}"
+    )
+    (store.directory / "manifest").write_bytes(signed(facts))
+    reader = Store.open(store.directory)
+    with pytest.raises(CheckpointError, match="masks that hide the same places"):
+        reader.snapshot()
+    with pytest.raises(CheckpointError, match=r"hides documents that another mask|hides other places"):
+        reader.verify()
+
+
+def test_masks_stay_few_and_say_what_one_would(store):
+    store.add([(f"d{i:02}", [i % VOCAB, 1, i // 10]) for i in range(60)])
+    for i in range(50):
+        store.delete(f"d{i:02}")
+        (entry,) = store._opened.manifest.tenants["public"]
+        assert len(entry.masks) <= 1 + np.log2(i + 1)
+        assert entry.dead_documents == i + 1
+    left = [[i % VOCAB, 1, i // 10] for i in range(50, 60)]
+    require_equal(store.snapshot(), left)
+    require_equal(Store.open(store.directory).snapshot(), left)
+    assert Store.open(store.directory).verify().documents == 10
 
 
 def test_a_damaged_file_is_named_by_verify_and_a_swapped_one_when_opened(store, tmp_path):

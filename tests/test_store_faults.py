@@ -52,7 +52,7 @@ def require_whole_after_deaths(root):
 
 
 def test_death_at_some_system_calls_loses_nothing_acknowledged(tmp_path):
-    support("points", tmp_path, 8)
+    support("points", tmp_path, 12)
     require_whole_after_deaths(tmp_path)
 
 
@@ -172,22 +172,117 @@ def test_the_first_thing_that_goes_wrong_is_not_hidden_by_the_second(store, monk
         } | store._opened.manifest.files()
 
 
-def test_an_interrupt_leaves_all_or_nothing(store, monkeypatch):
-    before = state_of(store)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "replace",
+        "fsync",
+        "unlink",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("open", "write", "pwrite", "close")),
+    ],
+)
+@pytest.mark.parametrize("change", CHANGES)
+def test_an_interrupt_leaves_all_or_nothing(tmp_path, monkeypatch, change, name):
+    """Before and after every call of a kind; whatever this store then thinks, its directory is whole."""
+    whole = set()
+    for n in range(100):
+        path, calls, real = tmp_path / str(n), [], getattr(os, name)
 
-    def interrupted(*args):
-        raise KeyboardInterrupt
+        def call(*args, calls=calls, real=real, n=n, **options):
+            calls.append(None)
+            if len(calls) - 1 == n // 2 and n % 2 == 0:
+                raise KeyboardInterrupt
+            result = real(*args, **options)
+            if len(calls) - 1 == n // 2:
+                raise KeyboardInterrupt
+            return result
 
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        store.delete("a")
-    monkeypatch.undo()
-    assert state_of(store) == before
-    real = os.replace
-    monkeypatch.setattr(os, "replace", lambda *args: (real(*args), interrupted()))
-    with pytest.raises(KeyboardInterrupt):
-        store.add([("new", [1])])
-    monkeypatch.undo()
+        store = Store.create(path, vocab_size=VOCAB, merging="by hand")
+        before_scenarios(store)
+        before = state_of(store)
+        monkeypatch.setattr(os, name, call)
+        try:
+            CHANGES[change](store)
+            done = True
+        except KeyboardInterrupt:
+            done = False
+        monkeypatch.undo()
+        store.close()
+        with Store.open(path) as reader:
+            reader.verify()
+            whole.add(state_of(reader) == before)
+        with Store.open(path, "write", merging="by hand") as again:
+            again.add([("x", [1])])
+        if done:
+            break
+    assert done
+    assert (False in whole) == (change != "merge")
+
+
+def test_closing_waits_for_changes_of_other_threads(store):
+    began, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        yield "slow", [1, 2, 3]
+        began.set()
+        go_on.wait()
+
+    adding = threading.Thread(target=store.add, args=(slowly(),))
+    adding.start()
+    began.wait()
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    with pytest.raises(CheckpointError, match="is being written by"):
+        Store.open(store.directory, "write", wait_seconds=0.05)
+    go_on.set()
+    adding.join()
+    closing.join()
+    with Store.open(store.directory, "write") as again:
+        assert again.get("slow")[1].tolist() == [1, 2, 3]
+    with pytest.raises(ConfigError, match="is closed"):
+        store.add([("x", [1])])
+
+
+def test_a_purge_waits_for_adds_of_other_threads(store):
+    tokens = store.get("a")[1].tolist()
+    began, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        yield "again", tokens
+        began.set()
+        go_on.wait()
+
+    adding = threading.Thread(target=store.add, args=(slowly(),))
+    adding.start()
+    began.wait()
+    reports = []
+    purging = threading.Thread(target=lambda: reports.append(store.purge("a")))
+    purging.start()
+    go_on.set()
+    adding.join()
+    purging.join()
+    assert (reports[0].live_copies, reports[0].runs) == (4, 8)
+    assert store.get("again")[1].tolist() == tokens
+
+
+def test_a_merge_that_fails_does_not_fail_the_add_before_it(tmp_path, monkeypatch):
+    with Store.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
+        for i in range(40):
+            store.add([(f"{i}", [i])])
+    with Store.open(tmp_path / "i", "write") as store:
+        real = store._writer.write
+
+        def refuse(pairs, files):
+            if len(pairs) > 1:
+                raise CheckpointError("no room")
+            return real(pairs, files)
+
+        monkeypatch.setattr(store._writer, "write", refuse)
+        assert store.add([("last", [1])]) == 41
+        assert store.stats().merge_error == "no room"
+        monkeypatch.undo()
+        store.add([("more", [1])])
+        assert store.stats().segments < 32
 
 
 def test_a_failed_background_merge_is_told_and_tried_again(tmp_path, monkeypatch):
@@ -269,7 +364,7 @@ def test_a_writer_whose_manifest_was_replaced_stops(store, tmp_path):
     data = (store.directory / "manifest").read_bytes()
     (tmp_path / "copy").write_bytes(data)
     os.replace(tmp_path / "copy", store.directory / "manifest")
-    with pytest.raises(CheckpointError, match="replaced by another process than its writer"):
+    with pytest.raises(CheckpointError, match="is not the one that this writer wrote last"):
         store.delete("a")
 
 

@@ -5,13 +5,16 @@ report = verify(opened, progress=print)      # CheckpointError names the file an
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from engram_lm.errors import CheckpointError
 from engram_lm.index.manifest import Entry, mask_name, segment_name
+from engram_lm.index.masks import Dead
 from engram_lm.index.opened import Opened, open_segment, read_mask
 from engram_lm.index.segment import Segment, sha256_of
+from engram_lm.index.segment_file import Facts, read, require_checksums, wrong_inside
 from engram_lm.index.snapshot import dead_ranks
 
 
@@ -42,17 +45,16 @@ def verify(opened: Opened, progress: Callable[[int, int], None] | None = None) -
 def _verify(opened: Opened, progress: Callable[[int, int], None] | None) -> VerifyReport:
     manifest, directory = opened.manifest, opened.directory
     total = sum(entry.bytes for _, entry in manifest.entries())
+    # all are mapped before any is read: a writer may remove them, and reading takes long
+    mapped = [(tenant, entry, *_mapped(opened, entry)) for tenant, entry in manifest.entries()]
     done = masks = documents = tokens = 0
     live: dict[str, set[str]] = {}
-    for tenant, entry in manifest.entries():
+    for tenant, entry, segment, facts, dead_parts in mapped:
         path = directory / segment_name(entry.number)
-        # mapped anew: what is being read is the file, whatever was open before
-        segment = open_segment(directory, manifest, entry)
-        segment.verify()
-        dead: frozenset[int] = frozenset()
-        if entry.masks:
-            dead = _check_masks(opened, entry, segment)
-            masks += len(entry.masks)
+        require_checksums(path, facts, segment.arrays)
+        if wrong := wrong_inside(segment.arrays, segment.vocab_size):
+            raise CheckpointError(f"{path} is damaged: {wrong}.")
+        dead = _check_masks(directory, entry, segment, dead_parts)
         seen = live.setdefault(tenant, set())
         for number in range(segment.n_documents):
             document = segment.document(number)
@@ -63,30 +65,34 @@ def _verify(opened: Opened, progress: Callable[[int, int], None] | None) -> Veri
             if number in dead:
                 continue
             if document.id in seen:
-                raise CheckpointError(
-                    f"{path}: the document {document.id!r} of {tenant!r} is in another segment too."
-                )
+                raise CheckpointError(f"{path}: {tenant!r} has another live document {document.id!r}.")
             seen.add(document.id)
             documents += 1
+        masks += len(dead_parts)
         tokens += entry.live_tokens
         done += entry.bytes
         if progress is not None:
             progress(done, total)
     return VerifyReport(
-        generation=manifest.generation, segments=sum(1 for _ in manifest.entries()), masks=masks, documents=documents,
-        tokens=tokens, bytes_read=done,
+        generation=manifest.generation, segments=len(mapped), masks=masks, documents=documents, tokens=tokens,
+        bytes_read=done,
     )  # fmt: skip
 
 
-def _check_masks(opened: Opened, entry: Entry, segment: Segment) -> frozenset[int]:
+def _mapped(opened: Opened, entry: Entry) -> tuple[Segment, Facts, list[Dead]]:
+    segment = open_segment(opened.directory, opened.manifest, entry)
+    facts, _ = read(opened.directory / segment_name(entry.number), verify="none")
+    return segment, facts, [read_mask(opened.directory, entry, mask) for mask in entry.masks]
+
+
+def _check_masks(directory: Path, entry: Entry, segment: Segment, parts: list[Dead]) -> set[int]:
+    """The documents that are dead."""
     dead: set[int] = set()
-    for mask in entry.masks:
-        path = opened.directory / mask_name(mask.number)
-        documents, rank = read_mask(opened.directory, entry, mask)
-        numbers = documents.tolist()
+    for mask, (documents, rank) in zip(entry.masks, parts, strict=True):
+        path, numbers = directory / mask_name(mask.number), documents.tolist()
         if not np.array_equal(rank, dead_ranks(segment, numbers)):
             raise CheckpointError(f"{path} hides other places than those of its {len(numbers):,} documents.")
         if not dead.isdisjoint(numbers):
             raise CheckpointError(f"{path} hides documents that another mask of its segment hides.")
         dead.update(numbers)
-    return frozenset(dead)
+    return dead

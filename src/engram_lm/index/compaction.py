@@ -18,11 +18,11 @@ from engram_lm.index.snapshot import View
 from engram_lm.index.writing import Files, Writer
 
 
-def merge_next(writer: Writer) -> bool:
-    """Merge the next group of segments that is due, of any tenant."""
+def merge_next(writer: Writer, tenant: str | None = None) -> bool:
+    """Merge the next group of segments that is due, of one tenant or of any."""
     with writer.changing:
         writer.require_writing()
-        tenants = writer.manifest.tenants.items()
+        tenants = [(name, found) for name, found in writer.manifest.tenants.items() if tenant in (None, name)]
         found = next(
             ((name, group) for name, entries in tenants if (group := due(entries, writer.busy))), None
         )
@@ -40,7 +40,8 @@ def merge_whole(writer: Writer, tenant: str) -> bool:
     while True:
         with writer.changing:
             writer.require_writing()
-            wait_for_merges(writer)
+            while writer.busy:
+                writer.changing.wait()
             for group in groups(writer.manifest.tenants.get(tenant, ()), MOST_TOKENS):
                 if len(group) > 1 or group[0].masks:
                     views = _begin(writer, group)
@@ -49,12 +50,6 @@ def merge_whole(writer: Writer, tenant: str) -> bool:
                 return done
         _finish(writer, tenant, group, views)
         done = True
-
-
-def wait_for_merges(writer: Writer) -> None:
-    """Until no thread merges. Call with `changing` held: none begins then."""
-    while writer.busy:
-        writer.changing.wait()
 
 
 def _begin(writer: Writer, group: Sequence[Entry]) -> list[View]:
@@ -68,7 +63,8 @@ def _finish(writer: Writer, tenant: str, group: Sequence[Entry], views: Sequence
         with writer.change() as files:
             entry, place = rewritten(writer, views, files)
             with writer.changing:
-                _swap(writer, tenant, group, views, entry, place, files)
+                if not _swap(writer, tenant, group, views, entry, place, files):
+                    writer.remove_unnamed(files)
     finally:
         with writer.changing:
             writer.busy -= {entry.number for entry in group}
@@ -95,8 +91,8 @@ def rewritten(writer: Writer, views: Sequence[View], files: Files) -> tuple[Entr
 def _swap(
     writer: Writer, tenant: str, group: Sequence[Entry], views: Sequence[View], entry: Entry | None,
     place: Sequence[np.ndarray], files: Files,
-) -> None:  # fmt: skip
-    """Put the new segment in the place of those it was made of."""
+) -> bool:  # fmt: skip
+    """Put the new segment in the place of those it was made of; False where all of it was deleted meanwhile."""
     present = writer.manifest.tenants.get(tenant, ())
     now = {found.number: found for found in present}
     late = []
@@ -115,8 +111,7 @@ def _swap(
     at = next((i for i, found in enumerate(present) if found.number in numbers), 0)
     kept = [found for found in present[at:] if found.number not in numbers]
     writer.commit({**writer.manifest.tenants, tenant: (*present[:at], *new, *kept)})
-    if not new and entry is not None:
-        files.remove()
+    return bool(new)
 
 
 class Background:
@@ -128,8 +123,10 @@ class Background:
         self._closing = False
         self._thread: threading.Thread | None = None
 
-    def wake(self) -> None:
-        """Look whether something is due; returns at once."""
+    def wake(self, behind: str | None = None) -> None:
+        """Look whether something is due; returns at once, but for a tenant that has too many segments: that merges here."""
+        if behind is not None:
+            self._merge(behind)
         with self.writer.changing:
             if self._closing or (self._thread is not None and self._thread.is_alive()):
                 return
@@ -138,12 +135,18 @@ class Background:
                 self._thread.start()
 
     def _run(self) -> None:
+        while not self._closing and self._merge():
+            pass
+
+    def _merge(self, tenant: str | None = None) -> bool:
         try:
-            while not self._closing and merge_next(self.writer):
-                self.error = ""
+            done = merge_next(self.writer, tenant)
         except Exception as error:
-            # the next change wakes it again; stats show why
+            # whatever woke it is done and on disk; the next change wakes it again, and stats show why
             self.error = str(error)
+            return False
+        self.error = "" if done else self.error
+        return done
 
     def close(self) -> None:
         """Wait for the merge that is running; begin no other."""

@@ -51,6 +51,6 @@ def same_file(path: Path, file: int) -> bool:
     """Whether `path` is the open file. An inode is not given to another file while it is open, so this is exact."""
     try:
         found, wanted = os.stat(path), os.fstat(file)
-    except FileNotFoundError:
+    except OSError:
         return False
     return (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino)

@@ -46,7 +46,8 @@ class Opened:
     @property
     def is_newest(self) -> bool:
         """Whether no newer manifest has taken this one's place."""
-        return same_file(self.directory / MANIFEST, self._file)
+        with self._lock:
+            return same_file(self.directory / MANIFEST, self._file)
 
     def reload(self) -> bool:
         """Go to the newest generation; whether there was another."""
@@ -59,8 +60,8 @@ class Opened:
     def go_to(self, manifest: Manifest, file: int) -> None:
         """This generation from now on. file: its manifest, open; closed when the next one comes."""
         with self._lock:
-            os.close(self._file)
-            self.manifest, self._file = manifest, file
+            old, self.manifest, self._file = self._file, manifest, file
+            os.close(old)
             entries = [entry for _, entry in manifest.entries()]
             segments, views = {entry.seal for entry in entries}, {_key(entry) for entry in entries}
             masks = {mask.seal for entry in entries for mask in entry.masks}
@@ -85,8 +86,12 @@ class Opened:
         with self._lock:
             key = _key(entry)
             if key not in self._views:
-                dead = merged([_NONE, *(self.mask(entry, mask) for mask in entry.masks)])
-                self._views[key] = View(self.segment(entry), dead[1], dead[0])
+                documents, rank = merged([_NONE, *(self.mask(entry, mask) for mask in entry.masks)])
+                if (rank[1:] == rank[:-1]).any():
+                    raise CheckpointError(
+                        f"{self.directory / segment_name(entry.number)} has masks that hide the same places. Run verify."
+                    )
+                self._views[key] = View(self.segment(entry), rank, documents)
             return self._views[key]
 
     def mask(self, entry: Entry, mask: Mask) -> Dead:

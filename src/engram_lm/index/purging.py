@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from engram_lm.errors import CheckpointError
-from engram_lm.index.compaction import rewritten, wait_for_merges
+from engram_lm.index.compaction import rewritten
 from engram_lm.index.manifest import Entry, Manifest, segment_name
 from engram_lm.index.segment import Segment, sha256_of
 from engram_lm.index.snapshot import View
@@ -58,7 +58,9 @@ def purge(
     """
     with writer.changing:
         writer.require_writing()
-        wait_for_merges(writer)
+        # files that are being written would be read too
+        while writer.active:
+            writer.changing.wait()
         before = writer.manifest
         views = _views_to_purge(writer, tenants, ids)
         tokens = [
@@ -197,12 +199,15 @@ def _require_live(
     """The document that holds a deleted one's tokens was live before the purge, and is what it was."""
     document = segment.document(number)
     for entry in before.tenants.get(tenant, ()):
-        view = views.get(entry.number) or writer.opened.view(entry)
+        view = views[entry.number] if entry.number in views else writer.opened.view(entry)
         there = view.segment.number_of(document.id)
         if there >= 0 and there not in view.dead_documents and view.segment.document(there) == document:
             if sha256_of(segment.document_tokens(number)) == document.sha256:
                 return
-    raise CheckpointError(f"{path} still holds the deleted document {document.id!r}. Run verify.")
+    raise CheckpointError(
+        f"{path} still holds the deleted document {document.id!r} of the tenant {tenant!r}. Purge that tenant too, or run "
+        "verify."
+    )
 
 
 def _bytes_of(path: Path) -> np.ndarray:

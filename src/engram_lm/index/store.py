@@ -10,6 +10,7 @@
 Token ids only: texts and tokenizers are the caller's.
 """
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,6 +97,8 @@ class Store:
             tokenizer: fingerprint of the tokenizer whose ids the index will hold.
         """
         directory = Path(directory)
+        if not isinstance(tokenizer, str) or not tokenizer.isprintable():
+            raise ConfigError(f"tokenizer is a fingerprint, printable text; got {tokenizer!r}.")
         if type(vocab_size) is not int or not 0 < vocab_size < 2**31:
             raise ConfigError(f"vocab_size is a whole number from 1 to 2^31 - 1; got {vocab_size!r}.")
         try:
@@ -120,9 +123,14 @@ class Store:
             data = Manifest(vocab_size=vocab_size, tokenizer=tokenizer).to_bytes()
             beside = directory / f"{MANIFEST}.new"
             os.close(durable.write_synced(beside, data))
-            os.replace(beside, directory / MANIFEST)
-            durable.sync_directory(directory)
-            durable.sync_directory(directory.parent)
+            try:
+                os.replace(beside, directory / MANIFEST)
+                durable.sync_directory(directory)
+            except OSError as error:
+                raise CheckpointError(f"{directory} cannot be written: {error.strerror}.") from None
+            # the directory's own name; one that may not be opened is synced by whoever may
+            with contextlib.suppress(OSError):
+                durable.sync_directory(directory.parent)
             return cls(*_for_writing(directory, lock), merging=_known(merging))
         except BaseException:
             lock.release()
@@ -175,8 +183,7 @@ class Store:
         if self._background is not None:
             self._background.close()
         if self._writer is not None:
-            with self._writer.changing:
-                self._writer.lock.release()
+            self._writer.close()
         self._opened.close()
 
     # ---- reading ------------------------------------------------------------------------------------------------------
@@ -306,10 +313,10 @@ class Store:
             require_tenant(tenant), add=add, delete=delete, replace=replace, missing=missing
         )
         if self._background is not None:
-            if len(writer.manifest.tenants.get(tenant, ())) >= MOST_SEGMENTS:
-                # the thread is behind, with a large merge perhaps
-                merge_next(writer)
-            self._background.wake()
+            # the thread may be behind, with a large merge perhaps
+            self._background.wake(
+                tenant if len(writer.manifest.tenants.get(tenant, ())) >= MOST_SEGMENTS else None
+            )
         return generation
 
     def merge(self, tenant: Tenant | None = None, *, how: Literal["whole", "due"] = "whole") -> bool:
@@ -397,8 +404,6 @@ def _stats_of(entries: Sequence[Entry]) -> TenantStats:
 def _bytes_in(directory: Path) -> int:
     total = 0
     for path in directory.iterdir():
-        try:
-            total += path.stat().st_size
-        except FileNotFoundError:
-            continue
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size if path.is_file() else 0
     return total

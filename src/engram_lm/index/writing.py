@@ -17,14 +17,24 @@ from typing import Literal
 
 import numpy as np
 
-from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
 from engram_lm.index import durable
 from engram_lm.index.finding import Finder
 from engram_lm.index.locking import WriterLock
-from engram_lm.index.manifest import MANIFEST, Entry, Manifest, Mask, mask_name, seal, segment_name
+from engram_lm.index.manifest import (
+    MANIFEST,
+    MOST_BYTES,
+    Entry,
+    Manifest,
+    Mask,
+    mask_name,
+    seal,
+    segment_name,
+)
 from engram_lm.index.masks import mask_to_bytes, merged
-from engram_lm.index.opened import Opened, sealed
+from engram_lm.index.opened import Opened, read_manifest, sealed
 from engram_lm.index.segment import Document, Segment, write_segment
+from engram_lm.index.segment_file import token_dtype
 from engram_lm.index.snapshot import dead_ranks
 
 SEGMENT_TOKENS = 2**26  # an add of more becomes several segments
@@ -38,27 +48,23 @@ Tenants = dict[str, tuple[Entry, ...]]
 
 @dataclass
 class Files:
-    """Files that a change has written so far; a change that fails removes them."""
+    """Files that a change has written so far."""
 
     paths: list[Path] = field(default_factory=list)
-
-    def remove(self) -> None:
-        for path in self.paths:
-            with contextlib.suppress(OSError):
-                durable.remove(path)
 
 
 class Writer:
     """The lock on a directory, the newest generation, and the next file's number.
 
-    changing: held while a generation is worked out and committed; wait on it for merges to end.
+    changing: held while a generation is worked out and committed.
+    active: changes that are writing files, merges too; `changing` is notified when one ends.
     busy: numbers of segments that a merge is reading.
     """
 
     def __init__(self, opened: Opened, lock: WriterLock) -> None:
         self.opened, self.lock, self.directory = opened, lock, opened.directory
         self.changing = threading.Condition(threading.RLock())
-        self.busy: set[int] = set()
+        self.active, self.busy = 0, set[int]()
         self.unknown = ""
         self._next = self.manifest.next
         self._remove_leftovers()
@@ -84,6 +90,8 @@ class Writer:
     def new_number(self) -> int:
         """Of the next file; no other file ever gets it."""
         with self.changing:
+            # a number that is given out without the lock may be another writer's
+            self.lock.require_held()
             self._next += 1
             return self._next - 1
 
@@ -91,13 +99,34 @@ class Writer:
     def change(self) -> Iterator[Files]:
         """Around everything that writes files for one generation."""
         files = Files()
+        with self.changing:
+            self.active += 1
         try:
             yield files
         except BaseException:
-            # where the rename's fate is unknown the new manifest may name them
-            if not self.unknown:
-                files.remove()
+            self.remove_unnamed(files)
             raise
+        finally:
+            with self.changing:
+                self.active -= 1
+                self.changing.notify_all()
+
+    def remove_unnamed(self, files: Files) -> None:
+        """Whatever went wrong, and wherever: the manifest on the disk decides which files there are."""
+        with contextlib.suppress(CheckpointError, OSError):
+            manifest, file = read_manifest(self.directory)
+            os.close(file)
+            named = manifest.files()
+            for path in files.paths:
+                if path.name not in named:
+                    durable.remove(path)
+
+    def close(self) -> None:
+        """Let others write, once no thread of this process does."""
+        with self.changing:
+            while self.active:
+                self.changing.wait()
+            self.lock.release()
 
     # ---- one generation -----------------------------------------------------------------------------------------------
 
@@ -106,13 +135,16 @@ class Writer:
         self.require_writing()
         old, path = self.manifest, self.directory / MANIFEST
         if not self.opened.is_newest:
-            raise CheckpointError(
-                f"{path} was replaced by another process than its writer. Open the index again."
-            )
+            raise CheckpointError(f"{path} is not the one that this writer wrote last. Open the index again.")
         kept = {name: entries for name, entries in tenants.items() if entries}
         manifest = replace(old, generation=old.generation + 1, next=self._next, tenants=kept)
         beside = self.directory / f"{MANIFEST}.new"
-        file = durable.write_synced(beside, manifest.to_bytes())
+        data = manifest.to_bytes()
+        if len(data) > MOST_BYTES:
+            raise ConfigError(
+                f"{path} would have {len(data):,} bytes; it has at most {MOST_BYTES:,}. Merge segments first."
+            )
+        file = durable.write_synced(beside, data)
         try:
             os.replace(beside, path)
             durable.sync_directory(self.directory)
@@ -189,7 +221,7 @@ class Writer:
         may, now = set(going or ()), time.time()
         ids, pairs, total = set[str](), [], 0
         for item in add:
-            document, tokens = described(item, now)
+            document, given = described(item, now)
             if document.id in ids or document.id in added:
                 raise ConfigError(
                     f"The document {document.id!r} is there twice in one add. Give each its own id."
@@ -197,6 +229,7 @@ class Writer:
             if going is not None and document.id not in may and finder.find(document.id) is not None:
                 raise _duplicate(document.id, tenant)
             ids.add(document.id)
+            tokens = compact(given, self.manifest.vocab_size)
             pairs.append((document, tokens))
             total += len(tokens) + 1
             if total >= SEGMENT_TOKENS:
@@ -292,7 +325,19 @@ def described(item: Item, now: float) -> tuple[Document, Tokens]:
         raise ConfigError(
             f"The document {document.id!r} is text; the index takes token ids. Tokenize it first."
         )
+    if not hasattr(tokens, "__len__"):
+        raise TokenIdError(
+            f"Token ids are a list or an array; the document {document.id!r} has {type(tokens).__name__}."
+        )
     return document, tokens
+
+
+def compact(tokens: Tokens, vocab_size: int) -> np.ndarray:
+    """Ids in as few bytes as a segment keeps them in; wrong ones stay as they are, to be refused when they are sorted."""
+    found = np.asarray(tokens).reshape(-1)
+    if found.dtype.kind in "iu" and found.size and found.min() >= 0 and found.max() < vocab_size:
+        return found.astype(token_dtype(vocab_size), copy=False)
+    return found
 
 
 def _duplicate(document_id: str, tenant: str) -> ConfigError:
