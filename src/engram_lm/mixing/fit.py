@@ -18,6 +18,7 @@ works from the first document on.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -100,8 +101,7 @@ def fit_gate(
     kind: Literal["logistic", "mlp"] = "logistic",
     general_weight: float = 1.0,
     decay: float = 1e-3,
-    steps: int = 600,
-    rate: float = 0.05,
+    steps: int = 200,
     seed: int = 0,
     tokenizer: str = "",
     model: str = "",
@@ -109,10 +109,7 @@ def fit_gate(
     reading: Reading | None = None,
     trained_on: dict[str, Any] | None = None,
 ) -> Gate:
-    """The gate of greatest likelihood, by Adam (Kingma and Ba 2015) over all examples at once.
-
-    decay: of the squared weights. steps, rate: of Adam; the rate falls to 0 along a cosine.
-    """
+    """The gate of greatest likelihood over all examples at once. decay: of the squared weights. steps: at most."""
     if kind not in ("logistic", "mlp"):
         raise ConfigError(f"A gate is logistic or mlp; got {kind!r}.")
     use = examples.found
@@ -137,16 +134,7 @@ def fit_gate(
             "W": rng.normal(size=(_HIDDEN, F)) / np.sqrt(F), "a": np.zeros(_HIDDEN),
             "v": rng.normal(size=_HIDDEN) / np.sqrt(_HIDDEN), "b": np.array(-2.0),
         }  # fmt: skip
-    first = {name: np.zeros_like(array) for name, array in weights.items()}
-    second = {name: np.zeros_like(array) for name, array in weights.items()}
-    for step in range(1, steps + 1):
-        gradient = _gradient(kind, weights, x_NF, ratio_N, weight_N, decay)
-        now = rate * 0.5 * (1 + np.cos(np.pi * step / steps))
-        for name, g in gradient.items():
-            first[name] = 0.9 * first[name] + 0.1 * g
-            second[name] = 0.999 * second[name] + 0.001 * g * g
-            m, v = first[name] / (1 - 0.9**step), second[name] / (1 - 0.999**step)
-            weights[name] = weights[name] - now * m / (np.sqrt(v) + 1e-8)
+    weights = _descend(lambda at: _objective(kind, at, x_NF, ratio_N, weight_N, decay), weights, steps=steps)
     return Gate(
         kind=kind, mean=mean, scale=scale, low=low, high=high, weights=weights, tokenizer=tokenizer, model=model,
         model_name=model_name, reading=reading or Reading(), trained_on=trained_on or {},
@@ -264,32 +252,80 @@ def _weights(examples: Examples, general_weight: float) -> np.ndarray:
     return (share_G / np.maximum(size_G, 1) / share_G.sum())[examples.group]
 
 
-def _gradient(
-    kind: str,
-    weights: dict[str, np.ndarray],
-    x_NF: np.ndarray,
-    ratio_N: np.ndarray,
-    weight_N: np.ndarray,
-    decay: float,
-) -> dict[str, np.ndarray]:
-    """Of -sum weight log(1 + lambda (ratio - 1)) + decay |weights|^2 / 2, biases free."""
+Weights = dict[str, np.ndarray]
+
+
+def _objective(
+    kind: str, weights: Weights, x_NF: np.ndarray, ratio_N: np.ndarray, weight_N: np.ndarray, decay: float
+) -> tuple[float, Weights]:
+    """-sum weight log(1 + lambda (ratio - 1)) + decay |weights|^2 / 2, biases free; and its gradient."""
     if kind == "logistic":
-        hidden_NH, z_N = x_NF, x_NF @ weights["w"] + weights["b"]
+        z_N = x_NF @ weights["w"] + weights["b"]
     else:
         hidden_NH = np.tanh(x_NF @ weights["W"].T + weights["a"])
         z_N = hidden_NH @ weights["v"] + weights["b"]
     sigmoid_N = 1 / (1 + np.exp(np.clip(-z_N, -700, 700)))
     lam_N = MOST * sigmoid_N
-    slope_N = -weight_N * (ratio_N - 1) / (1 + lam_N * (ratio_N - 1)) * lam_N * (1 - sigmoid_N)
+    gain_N = lam_N * (ratio_N - 1)
+    squares = sum(float((array**2).sum()) for name, array in weights.items() if name in "wWv")
+    value = -float(weight_N @ np.log1p(gain_N)) + decay * squares / 2
+    slope_N = -weight_N * gain_N / (1 + gain_N) * (1 - sigmoid_N)
     if kind == "logistic":
-        return {"w": x_NF.T @ slope_N + decay * weights["w"], "b": slope_N.sum()}
+        return value, {"w": x_NF.T @ slope_N + decay * weights["w"], "b": slope_N.sum()}
     back_NH = slope_N[:, None] * weights["v"] * (1 - hidden_NH**2)
-    return {
-        "v": hidden_NH.T @ slope_N + decay * weights["v"],
-        "b": slope_N.sum(),
+    return value, {
         "W": back_NH.T @ x_NF + decay * weights["W"],
         "a": back_NH.sum(0),
+        "v": hidden_NH.T @ slope_N + decay * weights["v"],
+        "b": slope_N.sum(),
     }
+
+
+def _descend(
+    objective: Callable[[Weights], tuple[float, Weights]], start: Weights, *, steps: int, memory: int = 12
+) -> Weights:
+    """Limited-memory BFGS (Nocedal 1980) with halved steps; ends where a step gains less than 1e-9."""
+    shapes = {name: np.shape(array) for name, array in start.items()}
+
+    def flat(weights: Weights) -> np.ndarray:
+        return np.concatenate([np.ravel(weights[name]) for name in shapes])
+
+    def named(vector: np.ndarray) -> Weights:
+        parts = np.split(vector, np.cumsum([int(np.prod(shape)) for shape in shapes.values()])[:-1])
+        return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+    at = flat(start)
+    value, gradient = objective(named(at))
+    gradient = flat(gradient)
+    past: list[tuple[np.ndarray, np.ndarray]] = []
+    for _ in range(steps):
+        direction, kept = -gradient, []
+        for s, y in reversed(past):
+            a = (s @ direction) / (y @ s)
+            direction = direction - a * y
+            kept.append(a)
+        if past:
+            s, y = past[-1]
+            direction = direction * ((s @ y) / (y @ y))
+        else:
+            direction = direction / max(1.0, float(np.abs(gradient).max()))
+        for (s, y), a in zip(past, reversed(kept), strict=True):
+            direction = direction + s * (a - (y @ direction) / (y @ s))
+        slope, size = float(gradient @ direction), 1.0
+        while True:
+            there = at + size * direction
+            new_value, found = objective(named(there))
+            if new_value <= value + 1e-4 * size * slope or size < 1e-8:
+                break
+            size /= 2
+        if not new_value < value - 1e-9:
+            break
+        new_gradient = flat(found)
+        s, y = there - at, new_gradient - gradient
+        if s @ y > 1e-12:
+            past = [*past[-memory + 1 :], (s, y)]
+        at, value, gradient = there, new_value, new_gradient
+    return named(at)
 
 
 def _best(ratio_N: np.ndarray) -> float:
