@@ -19,7 +19,7 @@ from engram_lm.operate import convert as conversion
 from engram_lm.operate.compare import compare, together
 from engram_lm.operate.convert import to_packed, to_safetensors
 from engram_lm.operate.measure import measure, row_norms
-from engram_lm.operate.progress import Progress
+from engram_lm.progress import Progress
 from engram_lm.operate.sources import open_source, sample_rows, sampled, whole
 from engram_lm.tables import CODECS, HostStore, Writer, open_packed, open_shipped, read_header
 from engram_lm.tables.safetensors import file_tensors
@@ -726,7 +726,7 @@ class Screen:
 
 @pytest.mark.parametrize("live", [True, False])
 def test_progress_waits_before_it_speaks(monkeypatch, live):
-    from engram_lm.operate import progress as module
+    from engram_lm import progress as module
 
     clock = [0.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])

@@ -19,7 +19,7 @@ import lzma
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from engram_lm.errors import ConfigError, DataError
 
@@ -72,9 +72,9 @@ def read_documents(
     def documents() -> Iterator[Document]:
         for path in paths:
             count = 0
-            lines = _read_lines(path)
+            lines = read_lines(path)
             parts = (
-                _from_jsonl(lines, path, field)
+                ((record[field], number) for record, number in json_lines(lines, path, field))
                 if kind_of(path) == ".jsonl"
                 else _from_txt(lines, txt_documents)
             )
@@ -97,7 +97,8 @@ def kind_of(path: Path) -> Literal[".txt", ".jsonl"]:
     raise DataError(f"{path}: text is read from .txt and .jsonl files, plain or with .gz or .xz after it")
 
 
-def _read_lines(path: Path) -> Iterator[_Line]:
+def read_lines(path: Path) -> Iterator[_Line]:
+    """The lines of a file and their numbers, from 1. DataError where they are not UTF-8."""
     openers = {".gz": gzip.open, ".xz": lzma.open}
     offset = number = 0
     try:
@@ -119,7 +120,8 @@ def _read_lines(path: Path) -> Iterator[_Line]:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _from_jsonl(lines: Iterable[_Line], path: Path, field: str) -> Iterator[tuple[str, int]]:
+def json_lines(lines: Iterable[_Line], path: Path, field: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """JSON objects that have text in `field`, and their lines' numbers; blank lines are skipped."""
     for text, number in lines:
         if not text.strip(" \t\r\n"):
             continue
@@ -146,7 +148,7 @@ def _from_jsonl(lines: Iterable[_Line], path: Path, field: str) -> Iterator[tupl
             raise DataError(
                 f"{where}: field {field!r} holds {value[error.start]!r}, half a surrogate pair"
             ) from None
-        yield value, number
+        yield record, number
 
 
 def _from_txt(lines: Iterable[_Line], documents: TxtDocuments) -> Iterator[tuple[str, int]]:

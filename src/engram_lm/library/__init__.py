@@ -1,0 +1,33 @@
+"""A library: an index directory with the tokenizer its ids come from, so that texts go in and come out.
+
+Exact N-gram memory knows wording: what it finds is what was written, word for word. No torch, no model.
+
+    with Library.create("notes", tokenizer=tokenizer) as library:
+        library.add(read_texts(["handbook/", "faq.jsonl"]))
+        library.search("annual leave")             # which documents say it, and where
+        library.explain("Annual leave is")         # what memory says comes next, and from where
+        library.delete(["handbook/leave.md"])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engram_lm.library.library import Explanation, Hit, Library
+    from engram_lm.library.texts import Text, read_texts
+
+_WHERE = {
+    "Explanation": "library", "Hit": "library", "Library": "library", "Text": "texts", "read_texts": "texts",
+}  # fmt: skip
+__all__ = ["Explanation", "Hit", "Library", "Text", "read_texts"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
