@@ -55,7 +55,7 @@ class Found:
 
     p: float32 [V + 1], END last; sums to 1, or is all 0 where the index is empty. depth: tokens of the longest match.
     count_D, distinct_D: int64 [depth + 1], how often the last 0 .. depth tokens occur and how many different tokens
-    follow. For the longest match: documents, how many hold it (counted up to 64); top, the token that follows most often
+    follow. For the longest match: documents, how many hold it (counted up to 16); top, the token that follows most often
     (of equal ones the smallest; -1 without any) and its p; entropy, of what follows, in nats.
     """
 
@@ -146,6 +146,9 @@ class Snapshot:
         depth, n = chain.longest(
             self._plain.rows, context_K, n, max_order, self.end, *space[:3], *work.counts, *work.sparse
         )
+        if depth == 0:
+            token_V = np.flatnonzero(self._zero.count_V)
+            return 0, token_V, self._zero.count_V[token_V]
         return depth, work.token_V[:n].copy(), work.out_V[:n].copy()
 
     def distribution(

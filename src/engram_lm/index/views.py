@@ -119,7 +119,7 @@ def dead_ranks(segment: Segment, document_numbers: Iterable[int]) -> np.ndarray:
     parts = []
     for begin, end in zip(begin_R, end_R, strict=True):
         rank_R = np.zeros(end - begin, np.uint32)
-        found = walks.ranks_between(_address(order_N), len(order_N), int(begin), int(end), rank_R)
+        found = walks.ranks_between(order_N, np.uint32(begin), np.uint32(end - begin), rank_R)
         if found != len(rank_R):
             raise CheckpointError("This segment is damaged: the places of a document are not all sorted in.")
         parts.append(rank_R)

@@ -29,10 +29,11 @@ from engram_lm.kernels.walks import (
     walk,
 )
 
-MOST_DOCUMENTS = 64
+MOST_DOCUMENTS = 16
 # memo_M7: key, serial of the snapshot, how much is known, total, distinct, top, documents
-MEMO = 4096
+MEMO = 32768
 _FEW = 32
+_LOG = np.log(np.maximum(np.arange(256), 1))
 _SMALLEST = 1e-200  # weights below this change no float64
 
 
@@ -82,8 +83,13 @@ def longest(
     token_V,
     out_V,
 ):
-    """Tokens (ascending) and counts of the longest match, into token_V and out_V; returns its depth and how many."""
+    """Tokens (ascending) and counts of the longest match, into token_V and out_V; returns its depth and how many.
+
+    Nothing is written for depth 0.
+    """
     depth = walk(table_SF, context_K, n, most, end, low_SD, high_SD, live_D)
+    if depth == 0:
+        return depth, np.int64(0)
     return depth, continuations(
         table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pairs_P4, state, token_V, out_V
     )
@@ -143,8 +149,7 @@ def _sum_up(count_V, touched_V, n):
         total += count
         if count > most or (count == most and token < top):
             top, most = token, count
-        if count > 1:
-            sum_log += count * math.log(count)
+        sum_log += count * (_LOG[count] if count < _LOG.shape[0] else math.log(count))
     return total, top, max(math.log(total) - sum_log / total, 0.0) if total > 0 else 0.0
 
 
@@ -184,7 +189,7 @@ def _wide(
     """What is known of an order with nodes: its place in the memo. about: 0 total and distinct; 1 the rest as well."""
     # a file without the node that it should have is read, and not remembered
     key = (np.int64(at) << 48) | (node << 16) | depth if at >= 0 else np.int64(-1)
-    slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(52))
+    slot = np.int64((np.uint64(key) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(49))
     memo = memo_M7[slot]
     if at >= 0 and memo[0] == key and memo[1] == serial and memo[2] >= about:
         return slot
@@ -237,7 +242,7 @@ def distribution(
             fact_I[1] = count_documents(table_SF, wide, low_SD, high_SD, MOST_DOCUMENTS)
         total = max(total, 1)
         b, m = discount * n / total, wide - d + 1
-        below = b**m
+        below = b if m == 1 else b**m
         factor = weight * (m if b >= 1.0 else (1.0 - below) / (1.0 - b)) / total
         if only_longest:
             factor, below = (1.0 / total if first else 0.0), 0.0
@@ -270,7 +275,7 @@ def distribution(
             if first:
                 fact_I[0], fact_I[1], fact_F[0] = memo_M7[slot, 5], memo_M7[slot, 6], memo_M[slot]
         b, m = discount * distinct / max(total, 1), run - d + 1
-        below = b**m
+        below = b if m == 1 else b**m
         factor_D[run] = weight * (m if b >= 1.0 else (1.0 - below) / (1.0 - b)) / max(total, 1)
         if only_longest:
             factor_D[run], below = (1.0 / max(total, 1) if first else 0.0), 0.0
@@ -408,7 +413,7 @@ def score(
                 integer_7T[4, t] = distinct
             total = max(total, 1)
             b, m = discount * distinct / total, run - d + 1
-            below = b**m
+            below = b if m == 1 else b**m
             factor = weight * (m if b >= 1.0 else (1.0 - below) / (1.0 - b)) / total
             lost = discount
             if only_longest:

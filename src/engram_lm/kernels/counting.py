@@ -10,7 +10,7 @@ stamp is free.
 import numpy as np
 from numba import njit
 
-from engram_lm.kernels.raw import load_flag, set_flag, store32
+from engram_lm.kernels.raw import load16, load32, load_flag, set_flag, store32
 from engram_lm.kernels.walks import (
     ADJUSTED,
     BLOCK,
@@ -18,6 +18,7 @@ from engram_lm.kernels.walks import (
     DEAD,
     DOCUMENT_AT,
     END,
+    FOUR,
     GROUP,
     N_COUNTS,
     N_DEAD,
@@ -198,6 +199,16 @@ def take_pair(pairs_P4, state, group, token, cap):
 def scan(table_SF, s, low, high, end, count_V, touched_V, n, pairs_P4, state):
     """Count the live tokens at ranks low .. high; returns how many tokens are touched."""
     cap, n_dead = table_SF[s, CAP], table_SF[s, N_DEAD]
+    if cap == 0 and n_dead == 0:
+        address, four = table_SF[s, NEXT], table_SF[s, FOUR]
+        for rank in range(low, high):
+            token = load32(address + 4 * rank) if four else load16(address + 2 * rank)
+            if token <= end:
+                if count_V[token] == 0:
+                    touched_V[n] = token
+                    n += 1
+                count_V[token] += 1
+        return n
     i = dead_below(table_SF, s, low) if n_dead else np.int64(0)
     for rank in range(low, high):
         if i < n_dead and number_at(table_SF, s, DEAD, i) == rank:
@@ -274,8 +285,8 @@ def count_two(table_SF, depth, low_SD, high_SD, x, y, pairs_P4, state):
 
 @njit(nogil=True, cache=True)
 def count_documents(table_SF, depth, low_SD, high_SD, most):
-    """Live documents that hold the last `depth` tokens, counted up to `most` (64 at most)."""
-    seen_K = np.empty(64, np.int64)
+    """Live documents that hold the last `depth` tokens, counted up to `most`."""
+    seen_K = np.empty(most, np.int64)
     n = 0
     for s in range(table_SF.shape[0]):
         low, high = low_SD[s, depth], high_SD[s, depth]

@@ -36,6 +36,7 @@ N_TOKENS, N_NODES, N_COUNTS, N_DOCUMENTS, N_DEAD = 17, 18, 19, 20, 21
 FOUR, OVER, CAP, END = 22, 23, 24, 25
 ROW = 26
 NODE_RANKS = 4096
+_RANKS_AT_ONCE = 1024
 
 
 @njit(nogil=True, cache=True)
@@ -185,17 +186,18 @@ def find_node(table_SF, s, low, high):
 
 
 @njit(nogil=True, cache=True)
-def ranks_between(order_address, n, begin, end, rank_R):
-    """Ranks, ascending, of the positions begin .. end; returns how many, which is end - begin unless the file is damaged."""
-    found, size = 0, np.uint64(end - begin)
-    for block in range(0, n, 64):
-        top, hit = min(block + 64, n), False
-        # no branch: the compiler compares several at once
-        for rank in range(block, top):
-            hit |= np.uint64(load32(order_address + 4 * rank) - begin) < size
+def ranks_between(order_N, begin, size, rank_R):
+    """Ranks, ascending, of the positions begin .. begin + size (uint32 both); returns how many, `size` but for damage."""
+    found = 0
+    for block in range(0, order_N.shape[0], _RANKS_AT_ONCE):
+        part = order_N[block : block + _RANKS_AT_ONCE]
+        # 32 bits that wrap around and no branch: the compiler compares many at once
+        hit = np.int32(0)
+        for i in range(part.shape[0]):
+            hit |= np.int32(np.uint32(part[i] - begin) < size)
         if hit:
-            for rank in range(block, top):
-                if np.uint64(load32(order_address + 4 * rank) - begin) < size and found < rank_R.shape[0]:
-                    rank_R[found] = rank
+            for i in range(part.shape[0]):
+                if np.uint32(part[i] - begin) < size and found < rank_R.shape[0]:
+                    rank_R[found] = block + i
                     found += 1
     return found
