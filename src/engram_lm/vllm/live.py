@@ -1,0 +1,246 @@
+"""An index that is followed while it changes, and one decoding step of many rows mixed with it. NumPy and torch; no vLLM.
+
+    live = Live(settings, tokenizer=tokenizer, n_logits=49_152, eos_id=2, model=lambda: sha256)
+    live.step(logits_RV, [Row(at=0, last=tokens, generated=3, options=options), ...])    # in place
+
+Every step looks at the newest generation of the index (one stat of a file): a document that was added while a request
+runs is known to its next token, one that was deleted has no part in it. If the index cannot be read (its directory
+is gone, a file is damaged), requests are answered without memory until it can be; that is logged once, as an error.
+Nothing here raises because of what a request holds: an exception would end vLLM's engine for all of them.
+
+R: rows of the step (requests, or their drafts); V: logits; M: tokens of the index, M <= V
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engram_lm.errors import EngramError
+from engram_lm.index.store import Store
+from engram_lm.mixing import onepass
+from engram_lm.mixing.features import features
+from engram_lm.mixing.gate import FixedLambda, Gate, Lambda, default_gate
+from engram_lm.mixing.mix import mix, token_rules
+from engram_lm.mixing.reading import Memory, evidence, read_next
+from engram_lm.vllm.options import RequestOptions, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from engram_lm.index.snapshot import Snapshot
+
+_LOG = logging.getLogger("engram_lm.vllm")
+# of the documents that one request may name, together: about a second of sorting
+MOST_TOKENS = 2**21
+_MOST_RESTRICTED = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the logits. at: its place; last: the last tokens before it, at least `Live.max_order` where there are as
+    many, int; generated: how many tokens before it are output."""
+
+    at: int
+    last: np.ndarray
+    generated: int
+    options: RequestOptions
+
+
+class Live:
+    """See the module. Errors in settings, index, gate or tokenizer are raised here, when the server starts."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        tokenizer: Any,
+        n_logits: int,
+        eos_id: int | None,
+        model: Callable[[], str],
+    ) -> None:
+        from engram_lm.vocab import tokenizer_fingerprint
+
+        self.settings, self.gate = settings, _gate_of(settings)
+        fingerprint = tokenizer_fingerprint(tokenizer)
+        check = settings.model == "check" and bool(getattr(self.gate, "model", ""))
+        self.gate.require(tokenizer=fingerprint, model=model() if check else None)
+        self.store = Store.open(settings.index, tokenizer=fingerprint)
+        self.rules = token_rules(tokenizer, n_logits=n_logits, n_tokens=self.store.vocab_size, eos_id=eos_id)
+        self._fixed: dict[float, FixedLambda] = {}
+        self._restricted: tuple[Any, dict[tuple[str, ...], Snapshot]] = (None, {})
+        self._buffers: list[np.ndarray] = []
+        self._down = ""
+        self.snapshot()
+
+    @property
+    def max_order(self) -> int:
+        """How many tokens before a row memory looks at."""
+        return self.gate.reading.max_order
+
+    def active(self, options: RequestOptions) -> bool:
+        """Whether memory can have a part in a request with these options."""
+        return (self.settings.lam if options.lam is None else options.lam) != 0
+
+    def snapshot(self) -> Snapshot | None:
+        """The newest generation of the server's tenants; None where the index cannot be read now."""
+        try:
+            found = self.store.snapshot(self.settings.tenants)
+        except (EngramError, OSError) as error:
+            if str(error) != self._down:
+                _LOG.error("No memory until the index can be read again: %s", error)
+            self._down = str(error)
+            return None
+        if self._down:
+            _LOG.warning("The index %s is read again.", self.settings.index)
+            self._down = ""
+        return found
+
+    def step(self, logits_RV: torch.Tensor, rows: list[Row]) -> None:
+        """Mix memory into these rows, in place; float32. A row where lambda is 0 or nothing is found keeps its bits."""
+        whole = self.snapshot() if rows else None
+        if whole is None or not whole.n_tokens:
+            return
+        groups: dict[tuple[Any, Any], list[Row]] = {}
+        for row in rows:
+            if self.active(row.options):
+                groups.setdefault((row.options.lam, row.options.documents), []).append(row)
+        for (lam, documents), group in groups.items():
+            snapshot = whole if documents is None else self._only(whole, documents)
+            if snapshot.n_tokens:
+                self._mix(logits_RV, group, snapshot, self._lambda(lam))
+
+    # ---- inside -------------------------------------------------------------------------------------------------------
+
+    def _mix(self, logits_RV: torch.Tensor, rows: list[Row], snapshot: Snapshot, gate: Lambda) -> None:
+        while len(self._buffers) < len(rows):
+            self._buffers.append(np.empty(self.store.vocab_size + 1, np.float32))
+        read = [
+            read_next(snapshot, row.last, self.rules, gate.reading, out=out)
+            for row, out in zip(rows, self._buffers, strict=False)
+        ]
+        q_R, memory = [q for q, _ in read], _joined([found for _, found in read])
+        generated = np.array([row.generated for row in rows])
+
+        def lambdas(survey_R6: np.ndarray) -> np.ndarray:
+            seen = features(evidence(memory, survey_R6, generated=generated), tokens=snapshot.n_tokens)
+            usable = (memory.count > 0) & np.isfinite(survey_R6[:, 5])
+            with np.errstate(invalid="ignore"):
+                return np.where(usable, gate.lambdas(np.nan_to_num(seen)), 0.0)
+
+        at = [row.at for row in rows]
+        (mix_here if logits_RV.device.type == "cpu" else mix_there)(logits_RV, at, q_R, memory.top, lambdas)
+
+    def _lambda(self, lam: float | None) -> Lambda:
+        if lam is None:
+            return self.gate
+        if len(self._fixed) > 1000:
+            self._fixed.clear()
+        return self._fixed.setdefault(lam, FixedLambda(lam, reading=self.gate.reading))
+
+    def _only(self, whole: Snapshot, documents: tuple[str, ...]) -> Snapshot:
+        """Those of the documents that there are in this generation, sorted anew, once for all steps until the next one.
+
+        A document nobody has contributes nothing; too many tokens together are none, since sorting them stops the engine.
+        """
+        if self._restricted[0] is not whole or len(self._restricted[1]) > _MOST_RESTRICTED:
+            self._restricted = (whole, {})
+        made = self._restricted[1]
+        if documents not in made:
+            sizes = {}
+            for name in documents:
+                for view in whole.views:
+                    if (number := view.number_of(name)) >= 0:
+                        sizes[name] = len(view.segment.document_tokens(number))
+            if sum(sizes.values()) > MOST_TOKENS:
+                _LOG.warning(
+                    "No memory for requests that name %s … : %s tokens, at most %s.",
+                    documents[0], sum(sizes.values()), MOST_TOKENS,
+                )  # fmt: skip
+                sizes = {}
+            made[documents] = whole.restricted(list(sizes))
+        return made[documents]
+
+
+def mix_here(
+    logits_RV: torch.Tensor,
+    at: list[int],
+    q_R: list[np.ndarray],
+    top_R: np.ndarray,
+    lambdas: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """Rows `at` of logits in this machine's memory, float32, by the compiled one-pass kernels."""
+    rows = [logits_RV[r].numpy() for r in at]
+    survey_R6 = np.zeros((len(rows), 6))
+    for i, (x_V, top) in enumerate(zip(rows, top_R.tolist(), strict=True)):
+        place, most, lse, entropy = onepass.survey(x_V)
+        of_top = x_V[top] - lse if top >= 0 else -np.inf
+        survey_R6[i] = 0.0, of_top, entropy, most - lse, place, lse
+    for x_V, q_M, lam, lse in zip(
+        rows, q_R, lambdas(survey_R6).tolist(), survey_R6[:, 5].tolist(), strict=True
+    ):
+        if lam:
+            mix(x_V, q_M, lam=lam, out=x_V, lse=lse)
+
+
+def mix_there(
+    logits_RV: torch.Tensor,
+    at: list[int],
+    q_R: list[np.ndarray],
+    top_R: np.ndarray,
+    lambdas: Callable[[np.ndarray], np.ndarray],
+) -> None:
+    """The same in torch, on the logits' device: logits never leave it, six numbers a row come back, q goes there."""
+    import torch
+
+    device = logits_RV.device
+    at_R = torch.tensor(at, device=device)
+    x_RV = logits_RV.index_select(0, at_R)
+    top_device_R = torch.from_numpy(top_R.astype(np.int64)).to(device)
+    most_R, place_R = x_RV.max(dim=-1)
+    lse_R = x_RV.logsumexp(dim=-1)
+    p_RV = (x_RV - lse_R[:, None]).exp()
+    entropy_R = lse_R - torch.where(p_RV > 0, p_RV * x_RV, 0.0).sum(-1)
+    of_top_R = x_RV.gather(1, top_device_R.clamp(min=0)[:, None])[:, 0] - lse_R
+    of_top_R = torch.where(top_device_R >= 0, of_top_R, -torch.inf)
+    numbers = (torch.zeros_like(lse_R), of_top_R, entropy_R, most_R - lse_R, place_R, lse_R)
+    survey_R6 = torch.stack([number.double() for number in numbers], dim=1).cpu().numpy()
+    lam_R = lambdas(survey_R6)
+    used = np.flatnonzero(lam_R)
+    if not len(used):
+        return
+    q_RM = torch.from_numpy(np.stack([q_R[r] for r in used])).to(device)
+    used_R = torch.from_numpy(used).to(device)
+    lam_R1 = torch.from_numpy(lam_R[used].astype(np.float32)).to(device)[:, None]
+    x_RV, lse_R1 = x_RV[used_R], lse_R[used_R][:, None]
+    x_RM = x_RV[:, : q_RM.shape[1]]
+    allowed_RM = x_RM > -torch.inf
+    kept_R1 = torch.where(allowed_RM, q_RM, 0.0).sum(-1, keepdim=True)
+    p_RM = (1 - lam_R1) * (x_RM - lse_R1).exp() + lam_R1 / kept_R1 * q_RM
+    out_RV = x_RV + torch.log1p(-lam_R1)
+    out_RV[:, : q_RM.shape[1]] = torch.where(
+        (q_RM > 0) & allowed_RM, lse_R1 + p_RM.clamp(min=1.2e-38).log(), out_RV[:, : q_RM.shape[1]]
+    )
+    out_RV = torch.where(kept_R1 > 0, out_RV, x_RV)
+    logits_RV.index_copy_(0, at_R[used_R], out_RV)
+
+
+def _gate_of(settings: Settings) -> Lambda:
+    if settings.lam is not None:
+        return FixedLambda(settings.lam)
+    named = str(settings.gate)
+    return (
+        Gate.load(named)
+        if Path(named).exists() or Path(named).name != Path(named).stem
+        else default_gate(named)
+    )
+
+
+def _joined(memories: list[Memory]) -> Memory:
+    names = [field.name for field in fields(Memory) if field.name != "p"]
+    return Memory(**{name: np.concatenate([getattr(m, name) for m in memories]) for name in names})
