@@ -198,9 +198,13 @@ def train(
 
 @app.command
 def generate(
-    directory: Path,
+    model: str,
     prompt: str,
     *,
+    index: Path | None = None,
+    gate: Path | None = None,
+    lam: float | None = None,
+    tenant: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int | None = None,
@@ -218,10 +222,18 @@ def generate(
 
     Parameters
     ----------
-    directory
-        What engram-lm train wrote, or one of its checkpoints.
+    model
+        What engram-lm train wrote, or one of its checkpoints; with --index also smollm2, a path or a hub name.
     prompt
         The text to go on with.
+    index
+        Mix the documents of this index into every token, as much as the gate says.
+    gate
+        The file of a fitted gate, if not the one shipped for smollm2.
+    lam
+        A fixed lambda instead of a gate: P = (1 - lam) P_model + lam P_memory.
+    tenant
+        Whose documents (public).
     max_new_tokens
         Most tokens that are generated.
     temperature
@@ -250,8 +262,12 @@ def generate(
     from engram_lm.show.command import generate_command
 
     generate_command(
-        directory,
+        model,
         prompt,
+        index=index,
+        gate=gate,
+        lam=lam,
+        tenant=tenant,
         heat=heat,
         block=block,
         branch=branch,

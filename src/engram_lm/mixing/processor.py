@@ -115,6 +115,12 @@ class MemoryProcessor:
             found.append([self._steps.get(key) for key in keys])
         return found
 
+    def step_of(self, token_id: int) -> MemoryStep | None:
+        """What memory did to the first row's newest token, once it was chosen; None where the index is empty."""
+        if self._record == "nothing" or not self._last:
+            return None
+        return _step(self._last[0], token_id, position=self._last[0].key[0])
+
     # ---- inside -------------------------------------------------------------------------------------------------------
 
     def _row(

@@ -14,9 +14,13 @@ from engram_lm.show.heat import ColourWish, Quantity, Scale, legend, paint, want
 
 
 def generate_command(
-    directory: Path,
+    name: str,
     prompt: str,
     *,
+    index: Path | None = None,
+    gate: Path | None = None,
+    lam: float | None = None,
+    tenant: str | None = None,
     heat: Quantity | None = None,
     block: int | None = None,
     branch: int | None = None,
@@ -43,28 +47,51 @@ def generate_command(
         raise ConfigError("--full has no effect with --heat gate: a gate's full is 1.")
     if (cache_bytes is not None) != (tier == "cached"):
         raise ConfigError("--cache-mb belongs to --tier cached, and to that alone.")
-    model, tokenizer = load(directory, tier=tier, cache_bytes=cache_bytes)
+    if index is None and (gate, lam, tenant) != (None, None, None):
+        raise ConfigError("--gate, --lam and --tenant belong to --index.")
+    if index is not None and (heat, block, branch, full) != (None, None, None, None):
+        raise ConfigError(
+            "With --index the red is the index's part; leave out --heat, --block, --branch and --full."
+        )
+    directory = Path(name)
+    if index is None:
+        model, tokenizer = load(directory, tier=tier, cache_bytes=cache_bytes)
+    elif tier != "device":
+        raise ConfigError("--tier is not for --index: load the memory's rows on the model's device.")
+    else:
+        from engram_lm.show.indexed import Indexed, load_any
+
+        model, tokenizer = load_any(name)
     from engram_lm.show.speaking import View, prompt_ids, speak
 
-    view = View(quantity=heat or "share", block=block, branch=branch)
+    view = View(quantity=heat or ("share" if index is None else "index"), block=block, branch=branch)
+    ids = prompt_ids(tokenizer, prompt, chat=chat)
+    indexed = (
+        None if index is None else Indexed(
+            index, model=model, tokenizer=tokenizer, gate=gate, lam=lam, tenant=tenant or "public"
+        )
+    )  # fmt: skip
     tokens = speak(
         model,
         tokenizer,
-        prompt_ids(tokenizer, prompt, chat=chat),
+        ids,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed or 0,
         view=view,
         memory=memory,
+        processor=None if indexed is None else indexed.processor(ids),
     )
-    coloured = wants_colour(sys.stdout, color) and memory == "on"
+    coloured = wants_colour(sys.stdout, color) and (memory == "on" or indexed is not None)
     write_heat(
-        tokens,
+        tokens if indexed is None else indexed.watched(tokens),
         tokenizer,
         scale=(lambda strengths: scale_for(directory, view.quantity, full, strengths)) if coloured else None,
-        where=view.told,
+        where=view.told if indexed is None else "index",
         show_prompt=not chat,
     )
+    for line in [] if indexed is None else indexed.told():
+        print(line, file=sys.stderr)
 
 
 def write_heat(
@@ -120,6 +147,8 @@ def scale_for(
     """What full red means: what was asked for, else what the run measured, else the strongest token of the prompt."""
     if quantity == "gate":
         return Scale("gate", 1.0, "an open gate")
+    if quantity == "index":
+        return Scale("index", 1.0, "all of it")
     if full is not None:
         return Scale("share", full, "as asked for")
     measured = measured_share(directory)

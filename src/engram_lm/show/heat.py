@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from engram_lm.errors import ConfigError
 
-Quantity = Literal["share", "gate"]
+Quantity = Literal["share", "gate", "index"]
 ColourWish = Literal["auto", "always", "never"]
 RESET = "\x1b[0m"
 # Below this part of the scale nothing is painted: a faint box round every word says nothing.
@@ -36,8 +36,8 @@ class Scale:
     why: str
 
     def __post_init__(self) -> None:
-        if self.quantity not in ("share", "gate"):
-            raise ConfigError(f"heat is share or gate; got {self.quantity!r}.")
+        if self.quantity not in ("share", "gate", "index"):
+            raise ConfigError(f"heat is share, gate or index; got {self.quantity!r}.")
         if not self.full > 0:
             raise ConfigError(f"The value at full red must be greater than 0; got {self.full}.")
 
@@ -69,6 +69,7 @@ def legend(scale: Scale, *, where: str = "strongest block") -> str:
     what = {
         "share": "|added| / |hidden|",
         "gate": "gate, 0.5 where rows are zero",
+        "index": "λ P_memory / P, the part of a token's probability that the index gave",
     }[scale.quantity]
     return f"{scale.quantity} 0 {ramp} {scale.full:.2g}+   {what}, {where}; full red: {scale.why}"
 

@@ -12,22 +12,30 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from engram_lm.attachment import memory_off, trace
+from engram_lm.attachment import memories, memory_off, trace
 from engram_lm.errors import ConfigError
 from engram_lm.traces import LayerTrace
 
+if TYPE_CHECKING:
+    from engram_lm.mixing.processor import MemoryProcessor
+    from engram_lm.mixing.trace import MemoryStep
+
 
 class Token(NamedTuple):
-    """One token as it was read. strength: in the view's quantity; 0 with memory off."""
+    """One token as it was read. strength: in the view's quantity; 0 with memory off.
+
+    With an index, strength is the part of the token's probability that the index gave, and step says how.
+    """
 
     id: int
     strength: float
     is_prompt: bool
+    step: MemoryStep | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +100,12 @@ def speak(
     seed: int = 0,
     view: View | None = None,
     memory: str = "on",
+    processor: MemoryProcessor | None = None,
 ) -> Iterator[Token]:
-    """Every token of the prompt, then those generated, as they come. Greedy at temperature 0; ends before an end token."""
+    """Every token of the prompt, then those generated, as they come. Greedy at temperature 0; ends before an end token.
+
+    processor: of an index (`mixing.memory_processor` of these ids); strengths are its then.
+    """
     view = view or View()
     ends = _end_ids(model, tokenizer)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -104,18 +116,27 @@ def speak(
     device = next(model.parameters()).device
     random = torch.Generator().manual_seed(seed)
     chunk, cache, left = list(ids), None, max_new_tokens
+    steps: list[MemoryStep | None] = [None] * len(chunk)
+    said = list(ids)
     while True:
-        with torch.no_grad(), trace(model) as records, _memory(model, memory):
+        with torch.no_grad(), _traced(model) as records, _memory(model, memory):
             output = model(torch.tensor([chunk], device=device), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         strengths = view.strengths(records) if records else np.zeros(len(chunk))
-        for token, strength in zip(chunk, strengths, strict=True):
-            yield Token(token, float(strength), is_prompt=left == max_new_tokens)
+        if processor is not None:
+            strengths = [(step.responsibility or 0.0) if step else 0.0 for step in steps]
+        for token, strength, step in zip(chunk, strengths, steps, strict=True):
+            yield Token(token, float(strength), left == max_new_tokens, step)
         if left == 0:
             return
-        following = _choose(output.logits[0, -1].float().cpu(), temperature, random)
+        logits_V = output.logits[0, -1].float().cpu()
+        if processor is not None:
+            logits_V = processor(torch.tensor([said]), logits_V[None])[0]
+        following = _choose(logits_V, temperature, random)
         if following in ends:
             return
+        steps = [None if processor is None else processor.step_of(following)]
+        said.append(following)
         chunk, left = [following], left - 1
 
 
@@ -123,6 +144,11 @@ def _choose(logits_V: torch.Tensor, temperature: float, random: torch.Generator)
     if temperature == 0:
         return int(logits_V.argmax())
     return int(torch.multinomial(torch.softmax(logits_V / temperature, -1), 1, generator=random))
+
+
+def _traced(model: Any) -> contextlib.AbstractContextManager:
+    """Records of the model's tables, where it has any."""
+    return trace(model) if memories(model) else contextlib.nullcontext(())
 
 
 def _memory(model: Any, memory: str) -> contextlib.AbstractContextManager:

@@ -1,0 +1,103 @@
+"""generate --index: the same tokens as transformers with the same processor, what the red means, and what is refused."""
+
+import re
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from engram_lm import cli  # noqa: E402
+from engram_lm.library import Library, Text  # noqa: E402
+from engram_lm.mixing import FixedLambda, memory_processor  # noqa: E402
+from engram_lm.show.speaking import prompt_ids, speak  # noqa: E402
+from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+
+RECIPE = Recipe(
+    name="doll", vocab_size=258, hidden_size=32, layers=2, heads=2, key_value_heads=1, intermediate_size=64
+)
+WORDS = "The office dog is called Orlando."
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A scratch model saved as transformers save theirs: (directory, model, tokenizer)."""
+    directory, tokenizer = tmp_path_factory.mktemp("base"), byte_tokenizer()
+    model = build_model(RECIPE, tokenizer=tokenizer).eval()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory, model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def index(base, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("index") / "my notes"
+    with Library.create(directory, tokenizer=base[2]) as library:
+        library.add([Text(id="dogs.txt", text=WORDS, extra={"licence": "CC0"})])
+        library.add([Text(id="a", text="The office cat is called Bruno.")], tenant="acme")
+    return directory
+
+
+def test_speaking_says_what_transformers_generates_with_the_same_processor(base, index):
+    _, model, tokenizer = base
+    ids = prompt_ids(tokenizer, "The office dog")
+    with Library.open(index) as library:
+        snapshot = library.store.snapshot()
+
+    def processor():
+        return memory_processor(
+            snapshot, FixedLambda(0.9), torch.tensor([ids]), tokenizer=tokenizer, model=model
+        )
+
+    theirs, ours = processor(), processor()
+    wanted = model.generate(
+        torch.tensor([ids]), max_new_tokens=24, do_sample=False, logits_processor=[theirs], pad_token_id=0
+    )
+    tokens = list(speak(model, tokenizer, ids, max_new_tokens=24, processor=ours))
+    said = [token.id for token in tokens]
+    assert said == wanted[0, : len(said)].tolist()
+    assert tokenizer.decode(said[len(ids) :]).startswith(" is called Orlando.")
+    new = tokens[len(ids) :]
+    steps = theirs.steps(wanted)[0]
+    assert [token.strength for token in new] == pytest.approx(
+        [step.responsibility for step in steps[: len(new)]]
+    )
+    assert all(token.strength == 0 and token.step is None for token in tokens[: len(ids)])
+    assert max(token.strength for token in new) > 0.9
+
+
+def without_colour(text):
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def test_generate_with_an_index_reddens_and_tells_its_documents(base, index, capsys):
+    command = ["generate", str(base[0]), "The office dog", "--index", str(index), "--lam", "0.9"]
+    assert cli.run([*command, "--max-new-tokens", "19", "--color", "always"]) == 0
+    told = capsys.readouterr()
+    assert "The office dog is called Orlando." in without_colour(told.out)
+    assert "\x1b[48;2;" in told.out
+    assert "the part of a token's probability that the index gave" in told.out
+    assert "tokens from memory, longest match" in told.err
+    assert "dogs.txt (once, licence: CC0)" in told.err
+    assert cli.run([*command, "--max-new-tokens", "19", "--tenant", "acme"]) == 0
+    told = capsys.readouterr()
+    assert "Orlando" not in told.out
+    assert "dogs.txt" not in told.err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--index", "{i}"], "No gate is shipped for this model"),
+        (["--index", "{i}", "--lam", "2"], "lambda"),
+        (["--index", "{i}", "--lam", "0.5", "--gate", "g.json"], "exclude each other"),
+        (["--index", "{i}", "--lam", "0.5", "--heat", "gate"], "leave out --heat"),
+        (["--index", "{i}", "--lam", "0.5", "--tier", "disk"], "--tier is not for --index"),
+        (["--index", "absent", "--lam", "0.5"], "absent holds no index"),
+        (["--lam", "0.5"], "belong to --index"),
+    ],
+)
+def test_what_has_no_effect_or_cannot_be_is_refused(base, index, options, said, capsys):
+    options = [option.replace("{i}", str(index)) for option in options]
+    assert cli.run(["generate", str(base[0]), "The", *options]) == cli.REFUSED
+    assert said in capsys.readouterr().err
