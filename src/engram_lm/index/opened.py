@@ -101,10 +101,13 @@ class Opened:
                 self._masks[mask.seal] = read_mask(self.directory, entry, mask)
             return self._masks[mask.seal]
 
-    def keep(self, mask: Mask, dead: Dead) -> None:
-        """What a mask says that was just written: it need not be read."""
+    def keep(self, written: Entry | Mask, found: Segment | Dead) -> None:
+        """A segment, or what a mask says, that was just written: it need not be read."""
         with self._lock:
-            self._masks[mask.seal] = dead
+            if isinstance(written, Mask):
+                self._masks[written.seal] = found
+            else:
+                self._segments[written.seal] = found
 
     def close(self) -> None:
         """Forget the files; snapshots keep what they have mapped."""

@@ -194,10 +194,11 @@ class Writer:
                 added |= ids
             with self.changing:
                 present = self.manifest.tenants.get(tenant, ())
+                looked = replace == "no" and present == finder.entries
                 if present != finder.entries:
                     finder = self.finder(tenant)
                 dead = to_delete(finder, tenant, delete, missing)
-                for id in added:
+                for id in added if not looked else ():
                     place = finder.find(id)
                     if place is not None and place[1] not in dead.get(place[0].number, ()):
                         if replace == "no":
@@ -250,7 +251,9 @@ class Writer:
             documents, lists = [document for document, _ in pairs], [tokens for _, tokens in pairs]
             segment = Segment.build(lists, documents=documents, **facts)
             segment.save(path, sync="file")
-        return sealed(path, number, segment)
+        entry = sealed(path, number, segment)
+        self.opened.keep(entry, segment)
+        return entry
 
     # ---- deleting -----------------------------------------------------------------------------------------------------
 
