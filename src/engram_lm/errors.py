@@ -46,3 +46,7 @@ class DataError(EngramError, ValueError):
 
 class MissingExtraError(EngramError, ImportError):
     """A part of this package that needs an extra which is not installed."""
+
+
+class TenantError(EngramError, PermissionError):
+    """A request for documents without a token that allows it."""

@@ -278,3 +278,34 @@ def explain(
     from engram_lm.library.commands import explain_command
 
     explain_command(directory, text, tenant=tenant, limit=limit, as_json=json)
+
+
+@index.command
+def key() -> None:
+    """Print a new key for signing tenant tokens. Whoever has it can speak for every tenant: keep it in a file."""
+    from engram_lm.tenancy import new_key
+
+    print(new_key())
+
+
+@index.command
+def token(tenant: str, *, key_file: Path, hours: float = 24.0) -> None:
+    """Print a token that lets an application read one tenant's documents through a server that has the same key.
+
+    Parameters
+    ----------
+    tenant
+        Whose documents.
+    key_file
+        A file with the key alone, made by engram-lm index key.
+    hours
+        How long the token is good for.
+    """
+    from engram_lm.errors import ConfigError
+    from engram_lm.tenancy import sign
+
+    try:
+        secret = key_file.read_text(encoding="utf8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key_file} cannot be read: {error}.") from None
+    print(sign(tenant, secret, seconds=3600 * hours))
