@@ -101,13 +101,15 @@ class Opened:
                 self._masks[mask.seal] = read_mask(self.directory, entry, mask)
             return self._masks[mask.seal]
 
-    def keep(self, written: Entry | Mask, found: Segment | Dead) -> None:
-        """A segment, or what a mask says, that was just written: it need not be read."""
+    def keep_segment(self, entry: Entry, segment: Segment) -> None:
+        """A segment that was just written: it need not be read."""
         with self._lock:
-            if isinstance(written, Mask):
-                self._masks[written.seal] = found
-            else:
-                self._segments[written.seal] = found
+            self._segments[entry.seal] = segment
+
+    def keep_mask(self, mask: Mask, dead: Dead) -> None:
+        """What a mask says that was just written."""
+        with self._lock:
+            self._masks[mask.seal] = dead
 
     def close(self) -> None:
         """Forget the files; snapshots keep what they have mapped."""

@@ -252,7 +252,7 @@ class Writer:
             segment = Segment.build(lists, documents=documents, **facts)
             segment.save(path, sync="file")
         entry = sealed(path, number, segment)
-        self.opened.keep(entry, segment)
+        self.opened.keep_segment(entry, segment)
         return entry
 
     # ---- deleting -----------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class Writer:
         files.paths.append(path)
         os.close(durable.write_synced(path, data))
         mask = Mask(number=number, documents=len(dead[0]), tokens=len(dead[1]), seal=seal(data))
-        self.opened.keep(mask, dead)
+        self.opened.keep_mask(mask, dead)
         return replace(entry, masks=(*masks, mask))
 
 
