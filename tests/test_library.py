@@ -302,6 +302,20 @@ def test_the_commands_from_first_to_last(made, folder, capsys, monkeypatch):
     assert (stats["documents"], stats["dead_documents"], list(stats["tenants"])) == (4, 0, ["public"])
 
 
+def test_what_a_text_has_word_for_word(made, folder, tmp_path, capsys):
+    cli.run(["index", "add", made, str(folder)])
+    (tmp_path / "said.txt").write_text(
+        "I think annual leave is thirty days, as in 'The dog is called Orlando.'"
+    )
+    capsys.readouterr()
+    facts = told(capsys, "index", "verbatim", made, str(tmp_path / "said.txt"))[1]
+    assert facts["runs"][0]["text"] == "The dog is called Orlando."
+    assert facts["runs"][0]["documents"] == [{"id": "dog.txt", "count": 1}]
+    assert facts["runs"][1]["text"] == "nnual leave is thirty days"
+    assert cli.run(["index", "verbatim", made, str(tmp_path / "said.txt"), "--shortest", "50"]) == 0
+    assert "no run of 50 or more is a document's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [

@@ -281,6 +281,39 @@ def explain(
 
 
 @index.command
+def verbatim(
+    directory: Path,
+    file: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    tenant: str = "public",
+    shortest: int = 16,
+    limit: int = 10,
+    json: Flag = False,
+) -> None:
+    """Print the longest passages of a text that stand in the documents word for word, and where.
+
+    Parameters
+    ----------
+    directory
+        An index.
+    file
+        A text, or - for standard input: what a model said, for example.
+    tenant
+        Whose documents are compared.
+    shortest
+        Tokens of the shortest passage that is shown.
+    limit
+        Most passages that are shown.
+    json
+        Print JSON.
+    """
+    from engram_lm.library.commands import verbatim_command
+
+    verbatim_command(directory, file, tenant=tenant, shortest=shortest, limit=limit, as_json=json)
+
+
+@index.command
 def key() -> None:
     """Print a new key for signing tenant tokens. Whoever has it can speak for every tenant: keep it in a file."""
     from engram_lm.tenancy import new_key

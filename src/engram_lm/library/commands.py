@@ -160,6 +160,42 @@ def explain_command(directory: Path, text: str, *, tenant: str, limit: int, as_j
     _print_explanation(told, took)
 
 
+def verbatim_command(
+    directory: Path, file: str, *, tenant: str, shortest: int, limit: int, as_json: bool
+) -> None:
+    from engram_lm.library.verbatim import verbatim_runs
+
+    (text,) = read_texts([file], id="text")
+    with Library.open(directory) as library:
+        ids = library.encoder.encode(text.text)
+        runs = verbatim_runs(library.store.snapshot(tenant), ids, shortest=shortest, limit=limit)
+        told = [
+            {
+                "start": run.start,
+                "tokens": run.length,
+                "text": library.encoder.decode(ids[run.start : run.start + run.length]),
+                "documents": [{"id": document.id, "count": count} for document, count in run.documents],
+            }
+            for run in runs
+        ]
+    if as_json:
+        print(json.dumps({"tokens": len(ids), "runs": told}, ensure_ascii=False))
+        return
+    print(
+        f"{_plural(len(ids), 'token')}; "
+        + (
+            f"the longest run of a document has {told[0]['tokens']:,}"
+            if told
+            else f"no run of {shortest} or more is a document's"
+        )
+    )
+    for run in told:
+        print(
+            f"{run['tokens']:6,} tokens at {run['start']:,}, {', '.join(one['id'] for one in run['documents'])}"
+        )
+        print("    " + " ".join(run["text"].split())[:200])
+
+
 def _print_explanation(told: Explanation, took: float) -> None:
     if not told.counts or not told.counts[0]:
         print("the index is empty")

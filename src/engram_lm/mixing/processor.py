@@ -61,8 +61,10 @@ class MemoryProcessor:
         prompt_length: int,
         rules: TokenRules,
         record: Literal["steps", "nothing"],
+        most_verbatim: int | None = None,
     ) -> None:
         self.snapshot, self.gate, self.rules = snapshot, gate, rules
+        self.most_verbatim = most_verbatim
         self._prompts, self._prompt_length, self._record = prompts, prompt_length, record
         self._buffers: list[list[np.ndarray]] = [[], []]
         self._turn = 0
@@ -138,7 +140,8 @@ class MemoryProcessor:
         of_top = row_V[top] - lse if top >= 0 else -np.inf
         survey = np.array([[0.0, of_top, entropy, most - lse, at, lse]])
         lam = 0.0
-        if memory.count[0] and np.isfinite(lse):
+        repeats = self.most_verbatim is not None and min(memory.depth[0], generated) >= self.most_verbatim
+        if memory.count[0] and np.isfinite(lse) and not repeats:
             seen = features(evidence(memory, survey, generated=generated), tokens=self.snapshot.n_tokens)
             lam = float(self.gate.lambdas(seen)[0])
         mixture = mix(row_V, q, lam=lam, out=out_V, space=self.gate.space, lse=lse)
@@ -192,12 +195,17 @@ def memory_processor(
     rules: TokenRules | None = None,
     end: Literal["eos", "nothing"] = "eos",
     record: Literal["steps", "nothing"] = "steps",
+    most_verbatim: int | None = None,
 ) -> MemoryProcessor:
     """A processor for one call of `generate` with these input_ids, int [B, T], and this attention mask.
 
     tokenizer, model: of the call; the gate and the token rules are checked against and made from them, unless `rules`
     is given. end: whether the index's END speaks for the end-of-text token, so that memory can end a text.
+    most_verbatim: where this many generated tokens in a row are a document's own, memory is silent for the next one; the
+    model alone may go on.
     """
+    if most_verbatim is not None and most_verbatim < 1:
+        raise ConfigError(f"most_verbatim is at least 1 token; got {most_verbatim}.")
     ids_BT = torch.as_tensor(input_ids)
     if ids_BT.dim() != 2 or ids_BT.shape[0] == 0:
         raise ConfigError(
@@ -213,4 +221,4 @@ def memory_processor(
         )
     rows, keep = ids_BT.cpu().numpy().astype(np.int64), keep_BT.cpu().numpy() != 0
     prompts = [row[kept] for row, kept in zip(rows, keep, strict=True)]
-    return MemoryProcessor(snapshot, gate, prompts, rows.shape[1], rules, record)
+    return MemoryProcessor(snapshot, gate, prompts, rows.shape[1], rules, record, most_verbatim)
