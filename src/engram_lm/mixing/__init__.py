@@ -12,6 +12,7 @@
     fit.py               fitting and bounding a gate
     scoring.py           whole texts (torch)
     processor.py         transformers' generate (torch); trace.py, what it records
+    session.py           what a request has said so far, as one more document
     identity.py          which model and tokenizer
 
 Names load what they need when first used.
@@ -27,6 +28,7 @@ _HOME = {
     "default_gate": "gate",
     "TokenRules": "mix",
     "token_rules": "mix",
+    "SessionMemory": "session",
     "MemoryStep": "trace",
     "summary": "trace",
     "MemoryProcessor": "processor",

@@ -12,7 +12,8 @@ Other processors in the same `logits_processor` list keep the order of that list
 
 Contexts come from `input_ids` at every step, so beams may be reordered, rows repeated (`num_return_sequences`) and
 candidates of assisted decoding looked at. Padding is known from the attention mask of the prompt. A row where lambda is 0
-or nothing is found keeps its bits. Needs torch; not transformers.
+or nothing is found keeps its bits. With session=4096 the last 4,096 tokens of a prompt and its output are looked up too, by
+this prompt's rows alone (`session`). Needs torch; not transformers.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from engram_lm.mixing.gate import Lambda
 from engram_lm.mixing.identity import require_identity, rules_of
 from engram_lm.mixing.mix import TokenRules, mix
 from engram_lm.mixing.reading import Memory, evidence, read_next
+from engram_lm.mixing.session import SessionMemory
 from engram_lm.mixing.trace import MemoryStep
 
 if TYPE_CHECKING:
@@ -62,10 +64,16 @@ class MemoryProcessor:
         rules: TokenRules,
         record: Literal["steps", "nothing"],
         most_verbatim: int | None = None,
+        session: int | Literal["off"] = "off",
     ) -> None:
         self.snapshot, self.gate, self.rules = snapshot, gate, rules
         self.most_verbatim = most_verbatim
         self._prompts, self._prompt_length, self._record = prompts, prompt_length, record
+        self._sessions: list[SessionMemory] = []
+        if session != "off":
+            self._sessions = [
+                SessionMemory(snapshot, session, given=len(prompt), eos_id=rules.eos_id) for prompt in prompts
+            ]
         self._buffers: list[list[np.ndarray]] = [[], []]
         self._turn = 0
         self._last: list[_Row] = []
@@ -89,15 +97,18 @@ class MemoryProcessor:
         ]
         if self._record == "steps":
             self._close_steps(contexts)
-        if not self.snapshot.n_tokens:
+        if not self.snapshot.n_tokens and not self._sessions:
             self._last = []
             return scores
         logits_NV = scores.detach().float().cpu().contiguous()
         self._turn ^= 1  # the buffers of the step before are still needed for its records
         out_NV = np.empty(logits_NV.shape, np.float32)
         generated, self._last = ids_NT.shape[1] - self._prompt_length, []
+        for session in self._sessions:
+            session.kept = max(session.kept, 2 * N // B)
         mixed = [
-            self._row(r, context, logits_NV[r], generated, out_NV[r]) for r, context in enumerate(contexts)
+            self._row(r, self.seen_by(context, r // (N // B)), context, logits_NV[r], generated, out_NV[r])
+            for r, context in enumerate(contexts)
         ]
         return torch.from_numpy(out_NV).to(scores.device, scores.dtype) if any(mixed) else scores
 
@@ -117,6 +128,10 @@ class MemoryProcessor:
             found.append([self._steps.get(key) for key in keys])
         return found
 
+    def seen_by(self, context: np.ndarray, prompt: int = 0) -> Snapshot:
+        """What is looked up after a context, int [T], of a prompt: the index and, with a session memory, the conversation."""
+        return self._sessions[prompt].extended(context) if self._sessions else self.snapshot
+
     def step_of(self, token_id: int) -> MemoryStep | None:
         """What memory did to the first row's newest token, once it was chosen; None where the index is empty."""
         if self._record == "nothing" or not self._last:
@@ -126,14 +141,20 @@ class MemoryProcessor:
     # ---- inside -------------------------------------------------------------------------------------------------------
 
     def _row(
-        self, r: int, context: np.ndarray, logits_V: torch.Tensor, generated: int, out_V: np.ndarray
+        self,
+        r: int,
+        snapshot: Snapshot,
+        context: np.ndarray,
+        logits_V: torch.Tensor,
+        generated: int,
+        out_V: np.ndarray,
     ) -> bool:
         """Write the mixture of one row; False where it is the model's own distribution, bit for bit."""
         start = time.perf_counter()
         buffers = self._buffers[self._turn]
         while len(buffers) <= r:
             buffers.append(np.empty(self.snapshot.vocab_size + 1, np.float32))
-        q, memory = read_next(self.snapshot, context, self.rules, self.gate.reading, out=buffers[r])
+        q, memory = read_next(snapshot, context, self.rules, self.gate.reading, out=buffers[r])
         row_V = logits_V.numpy()
         at, most, lse, entropy = onepass.survey(row_V)
         top = int(memory.top[0])
@@ -142,7 +163,7 @@ class MemoryProcessor:
         lam = 0.0
         repeats = self.most_verbatim is not None and min(memory.depth[0], generated) >= self.most_verbatim
         if memory.count[0] and np.isfinite(lse) and not repeats:
-            seen = features(evidence(memory, survey, generated=generated), tokens=self.snapshot.n_tokens)
+            seen = features(evidence(memory, survey, generated=generated), tokens=snapshot.n_tokens)
             lam = float(self.gate.lambdas(seen)[0])
         mixture = mix(row_V, q, lam=lam, out=out_V, space=self.gate.space, lse=lse)
         if self._record == "steps":
@@ -196,13 +217,14 @@ def memory_processor(
     end: Literal["eos", "nothing"] = "eos",
     record: Literal["steps", "nothing"] = "steps",
     most_verbatim: int | None = None,
+    session: int | Literal["off"] = "off",
 ) -> MemoryProcessor:
     """A processor for one call of `generate` with these input_ids, int [B, T], and this attention mask.
 
     tokenizer, model: of the call; the gate and the token rules are checked against and made from them, unless `rules`
     is given. end: whether the index's END speaks for the end-of-text token, so that memory can end a text.
     most_verbatim: where this many generated tokens in a row are a document's own, memory is silent for the next one; the
-    model alone may go on.
+    model alone may go on. session: how many of the last tokens of a prompt and its output are looked up beside the index.
     """
     if most_verbatim is not None and most_verbatim < 1:
         raise ConfigError(f"most_verbatim is at least 1 token; got {most_verbatim}.")
@@ -221,4 +243,4 @@ def memory_processor(
         )
     rows, keep = ids_BT.cpu().numpy().astype(np.int64), keep_BT.cpu().numpy() != 0
     prompts = [row[kept] for row, kept in zip(rows, keep, strict=True)]
-    return MemoryProcessor(snapshot, gate, prompts, rows.shape[1], rules, record, most_verbatim)
+    return MemoryProcessor(snapshot, gate, prompts, rows.shape[1], rules, record, most_verbatim, session)
