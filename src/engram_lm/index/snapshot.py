@@ -294,12 +294,12 @@ class Snapshot:
             rows = np.array([view.row(*key) for view in self.views], np.int64).reshape(-1, walks.ROW)
             n_pairs = 0
             if count != "tokens":
-                read = sum(min(len(view.segment), view.segment.heavy) for view in self.views)
+                read = sum(min(len(view.segment), view.segment.wide) for view in self.views)
                 n_pairs = 1 << (2 * read + 1).bit_length()
                 if n_pairs > _MOST_PAIRS:
                     raise ConfigError(
                         f"{len(rows)} segments that are read up to {read:,} tokens at once are too many to count documents: "
-                        "merge them, or write them with a smaller heavy."
+                        "merge them, or write them with a smaller wide."
                     )
             self._tables.setdefault(key, _Table(rows, next(_serials), n_pairs))
         return self._tables[key]

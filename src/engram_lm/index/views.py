@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.index.segment import Segment
+from engram_lm.index.segment import MAX_ORDER, Segment
 from engram_lm.kernels import walks
 from engram_lm.kernels.counting import BLOCK_TOKENS
 
@@ -86,12 +86,16 @@ class View:
             facts, kept = self._facts, [self.dead_rank]
             row = facts.row.copy()
             row[walks.DEAD], row[walks.N_DEAD] = _address(self.dead_rank), len(self.dead_rank)
-            if len(self.dead_rank) or count != "tokens":
-                kept += [
-                    np.zeros(row[walks.N_COUNTS] + 1, np.uint32),
-                    np.zeros(row[walks.N_NODES] + 1, np.uint8),
-                ]
-                row[walks.ADJUSTED], row[walks.READY] = _address(kept[1]), _address(kept[2])
+            kept.append(np.zeros(row[walks.N_NODES] + 1, np.uint8))
+            if count != "tokens":
+                at_H, token = facts.list_places, facts.arrays[walks.NODE_TOKEN].dtype
+                kept += [at_H, np.zeros(at_H[-1] + 1, token), np.zeros(at_H[-1] + 1, np.uint32)]
+                row[walks.NODE_AT], row[walks.NODE_TOKEN] = _address(at_H), _address(kept[3])
+                row[walks.N_COUNTS] = at_H[-1]
+            elif len(self.dead_rank):
+                kept.append(np.zeros(row[walks.N_COUNTS] + 1, np.uint32))
+            if len(kept) > 2:
+                row[walks.ADJUSTED], row[walks.READY] = _address(kept[-1]), _address(kept[1])
             row[walks.CAP] = key[1]
             if count == "sources":
                 row[walks.GROUP] = _address(facts.groups)
@@ -191,6 +195,16 @@ class _Facts:
         if N > _LARGE:
             self._unigrams = count_V
         return count_V
+
+    @cached_property
+    def list_places(self) -> np.ndarray:
+        """Where lists of all nodes would begin, uint32 [H + 1]: as many places each as tokens follow."""
+        H, N = self.row[walks.N_NODES], self.row[walks.N_TOKENS]
+        at_H = np.concatenate([[0], np.cumsum(self.arrays[walks.NODE_DISTINCT][:H], dtype=np.int64)])
+        # intervals of one order do not overlap, and there are nodes of MAX_ORDER + 1 orders
+        if at_H[-1] > min((MAX_ORDER + 1) * N, 2**32 - 1):
+            raise CheckpointError(f"This segment is damaged: {at_H[-1]:,} continuations of {N:,} tokens.")
+        return at_H.astype(np.uint32)
 
     @cached_property
     def groups(self) -> np.ndarray:

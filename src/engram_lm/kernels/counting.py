@@ -1,8 +1,9 @@
 """What follows an interval, counted in all segments of a snapshot: live tokens, or live tokens of each document up to a cap.
 
 Histograms are `count_V` (int64 [V + 1], all zero between calls) and the tokens in it, `touched_V`, in order of appearance.
-Wide intervals are nodes with their counts in the file. A view with deleted documents or with a cap has counts of its own
-(ADJUSTED), worked out for a node when it is first asked for; threads that do so at once write the same numbers.
+Wide intervals are nodes with their counts in the file. A view with deleted documents has counts of its own (ADJUSTED), one
+with a cap has lists of its own for all nodes. They are worked out for a node when first asked for; threads that do so at once
+write the same numbers, and `set_flag` comes after them.
 Pairs of document and token are counted in `pairs_P4`: document, token, stamp, count; open addressing; what has an older
 stamp is free.
 """
@@ -10,7 +11,7 @@ stamp is free.
 import numpy as np
 from numba import njit
 
-from engram_lm.kernels.raw import load16, load32, load_flag, set_flag, store32
+from engram_lm.kernels.raw import load16, load32, load_flag, set_flag, store16, store32
 from engram_lm.kernels.walks import (
     ADJUSTED,
     BLOCK,
@@ -115,63 +116,83 @@ def find_in_node(table_SF, s, a, b, token):
 
 @njit(nogil=True, cache=True)
 def _adjust(table_SF, s, node, a, b):
-    """Counts a .. b of a node without deleted documents, and of each document (or source) at most CAP of each token."""
+    """Work out the list a .. b of a node: its counts in the file without deleted documents, or all of it with a cap."""
     low = number_at(table_SF, s, NODE_LOW, node)
     high = min(number_at(table_SF, s, NODE_HIGH, node), table_SF[s, N_TOKENS])
-    cap, n_dead = table_SF[s, CAP], table_SF[s, N_DEAD]
-    count_E = np.zeros(b - a, np.int64)
-    if cap == 0:
-        for e in range(b - a):
-            count_E[e] = number_at(table_SF, s, NODE_COUNT, a + e)
-        for i in range(dead_below(table_SF, s, low), dead_below(table_SF, s, high)):
-            rank = number_at(table_SF, s, DEAD, i)
-            if rank < table_SF[s, N_TOKENS]:
-                e = find_in_node(table_SF, s, a, b, token_at(table_SF, s, NEXT, rank)) - a
-                if e >= 0 and count_E[e] > 0:
-                    count_E[e] -= 1
-    else:
-        # sorted by token, stable; then one list of documents a token
-        # entry + 1; 0 for the others
-        entry_V = np.zeros(table_SF[s, END] + 1, np.int64)
-        for e in range(b - a):
-            token = token_at(table_SF, s, NODE_TOKEN, a + e)
-            if token < entry_V.shape[0]:
-                entry_V[token] = e + 1
-        begin_E = np.zeros(b - a + 1, np.int64)
-        for rank in range(low, high):
-            token = token_at(table_SF, s, NEXT, rank)
-            if token < entry_V.shape[0] and entry_V[token] > 0:
-                begin_E[entry_V[token]] += 1
-        for e in range(b - a):
-            begin_E[e + 1] += begin_E[e]
-        group_I = np.empty(begin_E[b - a], np.int64)
-        filled_E = np.empty(b - a, np.int64)
-        for e in range(b - a):
-            filled_E[e] = begin_E[e]
-        i = dead_below(table_SF, s, low)
-        for rank in range(low, high):
-            if i < n_dead and number_at(table_SF, s, DEAD, i) == rank:
-                i += 1
-                continue
-            token = token_at(table_SF, s, NEXT, rank)
-            if token < entry_V.shape[0] and entry_V[token] > 0:
-                e = entry_V[token] - 1
-                group_I[filled_E[e]] = group_of(table_SF, s, rank)
-                filled_E[e] += 1
-        stamp_D = np.zeros(max(table_SF[s, N_DOCUMENTS], 1), np.int64)
-        seen_D = np.zeros(stamp_D.shape[0], np.int64)
-        for e in range(b - a):
-            for i in range(begin_E[e], filled_E[e]):
-                group = group_I[i] & 0xFFFFFFFF
-                if group_I[i] < 0 or group >= stamp_D.shape[0]:
-                    continue
-                if stamp_D[group] != e + 1:
-                    stamp_D[group], seen_D[group] = e + 1, 0
-                if seen_D[group] < cap:
-                    seen_D[group] += 1
-                    count_E[e] += 1
+    if table_SF[s, CAP]:
+        _list_capped(table_SF, s, low, high, a, b)
+        return
+    count_E = np.empty(b - a, np.int64)
+    for e in range(b - a):
+        count_E[e] = number_at(table_SF, s, NODE_COUNT, a + e)
+    for i in range(dead_below(table_SF, s, low), dead_below(table_SF, s, high)):
+        rank = number_at(table_SF, s, DEAD, i)
+        if rank < table_SF[s, N_TOKENS]:
+            e = find_in_node(table_SF, s, a, b, token_at(table_SF, s, NEXT, rank)) - a
+            if e >= 0 and count_E[e] > 0:
+                count_E[e] -= 1
     for e in range(b - a):
         store32(table_SF[s, ADJUSTED] + 4 * (a + e), count_E[e])
+
+
+@njit(nogil=True, cache=True)
+def _list_capped(table_SF, s, low, high, a, b):
+    """Write the list a .. b of an interval with counts of at most CAP a document; what is left of it is END, 0 times."""
+    end, n_dead, cap = table_SF[s, END], table_SF[s, N_DEAD], table_SF[s, CAP]
+    token_I, group_I = np.empty(max(high - low, 0), np.int64), np.empty(max(high - low, 0), np.int64)
+    n, i = 0, dead_below(table_SF, s, low)
+    for rank in range(low, high):
+        if i < n_dead and number_at(table_SF, s, DEAD, i) == rank:
+            i += 1
+            continue
+        token, group = token_at(table_SF, s, NEXT, rank), group_of(table_SF, s, rank)
+        if token <= end and group >= 0:
+            token_I[n], group_I[n] = token, group & 0xFFFFFFFF
+            n += 1
+    # by token, byte after byte from the lowest
+    from_I, from_group_I = np.empty(n, np.int64), np.empty(n, np.int64)
+    at_B = np.empty(257, np.int64)
+    shift = 0
+    while end >> shift:
+        for byte in range(257):
+            at_B[byte] = 0
+        for i in range(n):
+            from_I[i], from_group_I[i] = token_I[i], group_I[i]
+            at_B[((token_I[i] >> shift) & 255) + 1] += 1
+        for byte in range(256):
+            at_B[byte + 1] += at_B[byte]
+        for i in range(n):
+            byte = (from_I[i] >> shift) & 255
+            token_I[at_B[byte]], group_I[at_B[byte]] = from_I[i], from_group_I[i]
+            at_B[byte] += 1
+        shift += 8
+    # the last token for which a document was seen, + 1, and how often
+    stamp_D = np.zeros(max(table_SF[s, N_DOCUMENTS], 1), np.int64)
+    seen_D = np.zeros(stamp_D.shape[0], np.int64)
+    e, count = a, np.int64(0)
+    for i in range(n):
+        token, group = token_I[i], group_I[i]
+        if group < stamp_D.shape[0]:
+            if stamp_D[group] != token + 1:
+                stamp_D[group], seen_D[group] = token + 1, 0
+            seen_D[group] += 1
+            count += seen_D[group] <= cap
+        # each number once: another thread may be reading what it wrote itself
+        if (i + 1 == n or token_I[i + 1] != token) and e < b:
+            _write_entry(table_SF, s, e, token, count)
+            e += 1
+            count = 0
+    for rest in range(e, b):
+        _write_entry(table_SF, s, rest, end, 0)
+
+
+@njit(nogil=True, cache=True)
+def _write_entry(table_SF, s, e, token, count):
+    if table_SF[s, FOUR]:
+        store32(table_SF[s, NODE_TOKEN] + 4 * e, token)
+    else:
+        store16(table_SF[s, NODE_TOKEN] + 2 * e, token)
+    store32(table_SF[s, ADJUSTED] + 4 * e, count)
 
 
 @njit(nogil=True, cache=True)

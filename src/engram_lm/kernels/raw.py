@@ -23,16 +23,20 @@ def _load(bits):
 load16, load32 = _load(16), _load(32)
 
 
-@intrinsic
-def store32(typing_context, address, value):
-    """Write the low 32 bits of an int64 to an address."""
+def _store(bits):
+    def store(typing_context, address, value):
+        def codegen(context, builder, signature, args):
+            word = ir.IntType(bits)
+            builder.store(builder.trunc(args[1], word), builder.inttoptr(args[0], word.as_pointer()))
+            return context.get_dummy_value()
 
-    def codegen(context, builder, signature, args):
-        word = ir.IntType(32)
-        builder.store(builder.trunc(args[1], word), builder.inttoptr(args[0], word.as_pointer()))
-        return context.get_dummy_value()
+        return types.void(types.int64, types.int64), codegen
 
-    return types.void(types.int64, types.int64), codegen
+    store.__doc__ = f"Write the low {bits} bits of an int64 to an address."
+    return intrinsic(store)
+
+
+store16, store32 = _store(16), _store(32)
 
 
 @intrinsic
