@@ -6,6 +6,7 @@ The twin is `index.sorting.nodes_plain`.
 import numpy as np
 from numba import njit
 
+from engram_lm.kernels.caches import _ones
 from engram_lm.kernels.search import _back
 
 
@@ -76,17 +77,23 @@ def count_distinct(next_N, low_H, high_H, end, distinct_H):
 def count_nodes(next_N, low_H, high_H, end, at_H, token_C, count_C):
     """The tokens that follow interval h, ascending, and how often: from at_H[h] to at_H[h + 1], unless these are equal."""
     count_V = np.zeros(end + 1, np.uint32)
+    # one bit a token, set where its count is not 0
+    found_W = np.zeros((end >> 6) + 1, np.uint64)
     for h in range(low_H.shape[0]):
-        c = a = np.int64(at_H[h])
-        if at_H[h + 1] == a:
+        c = np.int64(at_H[h])
+        if at_H[h + 1] == c:
             continue
         for i in range(low_H[h], high_H[h]):
-            token = next_N[i]
-            if count_V[token] == 0:
-                token_C[c] = token
-                c += 1
+            token = np.int64(next_N[i])
             count_V[token] += np.uint32(1)
-        token_C[a:c].sort()
-        for k in range(a, c):
-            count_C[k] = count_V[token_C[k]]
-            count_V[token_C[k]] = 0
+            found_W[token >> 6] |= np.uint64(1) << np.uint64(token & 63)
+        for w in range(found_W.shape[0]):
+            word = found_W[w]
+            found_W[w] = 0
+            while word:
+                below = word - np.uint64(1)
+                token = (w << 6) + _ones(~word & below)
+                word &= below
+                token_C[c], count_C[c] = token, count_V[token]
+                count_V[token] = 0
+                c += 1

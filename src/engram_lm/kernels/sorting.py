@@ -94,8 +94,9 @@ def _merge_sort(key_I, place_I, spare_key, spare_place):
             if key_I[m - 1] <= key_I[m]:
                 continue
             left = m - a
-            spare_key[:left] = key_I[a:m]
-            spare_place[:left] = place_I[a:m]
+            # loops, not slices: these would take most of the time to compile
+            for i in range(left):
+                spare_key[i], spare_place[i] = key_I[a + i], place_I[a + i]
             i, j, k = 0, m, a
             while i < left and j < b:
                 # without a branch, which would be mispredicted every other time
