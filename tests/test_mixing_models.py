@@ -203,6 +203,19 @@ def test_beams_and_repeated_rows(model, snapshot):
         assert float(out.sequences_scores[row]) == pytest.approx(total, abs=2e-3)
 
 
+def test_candidates_of_prompt_look_up_are_judged_by_the_mixture(model, snapshot):
+    ids = torch.tensor(np.tile(text_of(snapshot, 0, 6), 2))[None]
+    outs = []
+    for options in ({}, {"prompt_lookup_num_tokens": 3}):
+        processor = memory_processor(snapshot, a_gate(), ids, rules=RULES)
+        outs.append(
+            model.generate(ids, logits_processor=[processor], max_new_tokens=10, do_sample=False, **options)[
+                0
+            ].tolist()
+        )
+    assert outs[0] == outs[1]
+
+
 def test_a_batch_decodes_as_its_rows_do_alone(model, snapshot):
     ids, mask, texts = prompts(snapshot)
     gate = a_gate()
@@ -310,3 +323,54 @@ def test_gates_of_another_model_or_tokenizer_are_refused(model, snapshot):
                 memory_processor(snapshot, a_gate(**right), ids, mask, tokenizer=tokenizer(), model=model)
         finally:
             weight.mul_(0.5)
+
+
+def test_the_shipped_gate_is_for_smollm2_and_within_its_bound():
+    from engram_lm.mixing import default_gate
+    from engram_lm.train.smollm2 import WEIGHTS_SHA256
+
+    gate = default_gate("smollm2")
+    assert (gate.model, gate.model_name, gate.kind) == (WEIGHTS_SHA256, "smollm2", "logistic")
+    assert gate.measured["worst_general"] <= gate.measured["bound"] == 0.005
+    assert gate.reading == Reading(count="documents")
+    # nothing in common with the index, a word in common, a passage in common
+    from engram_lm.mixing.features import Evidence, features
+
+    seen = Evidence(
+        depth=[0, 2, 30], generated=[0] * 3, count=[10**5, 20, 1], distinct=[9000, 12, 1], count_below=[10**5, 300, 1],
+        distinct_below=[9000, 90, 1], documents=[64, 9, 1], memory_entropy=[7.0, 2.3, 0.0], top_p=[0.04, 0.2, 0.99],
+        model_entropy=[3.0] * 3, model_top_logp=[-1.0] * 3, model_logp_of_top=[-4.0, -3.0, -5.0], same_top=[False] * 3,
+    )  # fmt: skip
+    nothing, word, passage = gate.lambdas(features(seen, tokens=10**5))
+    assert nothing < 0.02 < word < 0.3 < 0.7 < passage
+
+
+def test_examples_leave_the_document_out_and_vary_the_index(model, snapshot):
+    from engram_lm.errors import DataError
+    from engram_lm.mixing import calibrate, collect, fit_gate
+
+    general = [np.random.default_rng(n).integers(2, V, 40) for n in range(4)]
+    seen = []
+    fit, bound = collect(
+        model,
+        snapshot,
+        general,
+        rules=RULES,
+        sizes=(1, 3, None),
+        texts=5,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    assert seen == [(n, 9) for n in range(1, 10)]
+    assert set(fit.groups) == {"documents, 1", "documents, 3", "documents, all", "general text"}
+    assert (bound.groups, bound.general) == (("general text",), (True,))
+    # the one document of the smallest index has nothing to be looked up in
+    assert np.bincount(fit.group)[fit.groups.index("documents, 1")] in (4 * 39, 3 * 39 + 34)
+    # random documents hold each other's pairs of tokens at most, but for one that was made of two others
+    deep = fit.features[fit.group == fit.groups.index("documents, all")][:, NAMES.index("depth>=9")].sum()
+    assert 0 < deep < 5 * 39 / 2
+    gate = calibrate(fit_gate(fit, steps=20), bound)
+    assert gate.measured["worst_general"] <= 0.005
+    with pytest.raises(
+        DataError, match="at least 2 documents in the index and 2 general texts of 32 tokens; got 6 and 0"
+    ):
+        collect(model, snapshot, [], rules=RULES)

@@ -9,6 +9,7 @@
     mix.py, onepass.py   the equation, its kernels and its plain twin; which tokens memory may speak of
     reading.py           look-ups as evidence
     features.py, gate.py lambda from evidence; gate files
+    collecting.py        examples for a gate, from an index and a model (torch)
     fit.py               fitting and bounding a gate
     scoring.py           whole texts (torch)
     processor.py         transformers' generate (torch); trace.py, what it records
@@ -37,6 +38,7 @@ _HOME = {
     "rules_of": "identity",
     "Scored": "scoring",
     "score": "scoring",
+    "collect": "collecting",
     "Examples": "fit",
     "calibrate": "fit",
     "fit_gate": "fit",

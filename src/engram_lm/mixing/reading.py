@@ -94,6 +94,11 @@ def read_text(snapshot: Snapshot, ids: np.ndarray, rules: TokenRules, reading: R
     )
 
 
+def tail(memory: Memory) -> Memory:
+    """Without its first row: of a text's first token there are no logits."""
+    return Memory(**{name: getattr(memory, name)[1:] for name in Memory.__dataclass_fields__})
+
+
 def evidence(memory: Memory, survey_N6: np.ndarray, *, generated: np.ndarray | int = 0) -> Evidence:
     """survey: rows of `onepass.survey_rows`, whose `other` was `memory.top`."""
     return Evidence(

@@ -24,7 +24,7 @@ from engram_lm.mixing import onepass
 from engram_lm.mixing.features import features
 from engram_lm.mixing.gate import Lambda
 from engram_lm.mixing.mix import TokenRules, mix
-from engram_lm.mixing.reading import Memory, evidence, read_next, read_text
+from engram_lm.mixing.reading import Memory, evidence, read_next, read_text, tail
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
@@ -110,7 +110,7 @@ def score_text(
 ) -> dict[str, np.ndarray]:
     """The fields of `Scored` for tokens 1 .. T - 1 of one text. logits: float32 [T - 1 or more, V]; memory: of all T."""
     n = len(ids_T) - 1
-    memory = _tail(memory)
+    memory = tail(memory)
     survey_T6 = np.empty((n, 6))
     onepass.survey_rows(
         np.ascontiguousarray(logits_TV[:n], np.float32),
@@ -153,10 +153,6 @@ def _lengths(ids_BT: Any, attention_mask: Any) -> list[int]:
     if bool((mask[:, 1:] & ~mask[:, :-1]).any()):
         raise TokenIdError("Texts to score are padded on the right; this attention mask has a 1 after a 0.")
     return mask.sum(1).tolist()
-
-
-def _tail(memory: Memory) -> Memory:
-    return Memory(**{name: getattr(memory, name)[1:] for name in Memory.__dataclass_fields__})
 
 
 def _score_log(
