@@ -298,6 +298,8 @@ def test_refusals(model, snapshot):
         memory_processor(snapshot, a_gate(), ids, mask[:1], rules=RULES)
     with pytest.raises(ConfigError, match="needs tokenizer and model"):
         memory_processor(snapshot, a_gate(), ids, mask)
+    with pytest.raises(ConfigError, match="index has 20 token ids, the token rules are for 258"):
+        score(model, ids, Snapshot([], vocab_size=20), a_gate(), rules=RULES)
     with pytest.raises(TokenIdError, match="padded on the right"):
         score(model, ids, snapshot, a_gate(), rules=RULES, attention_mask=mask)
 

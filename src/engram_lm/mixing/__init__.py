@@ -14,6 +14,7 @@
     scoring.py           whole texts (torch)
     processor.py         transformers' generate (torch); trace.py, what it records
     session.py           what a request has said so far, as one more document
+    drafts.py            several tokens a forward, read ahead in memory (torch)
     identity.py          which model and tokenizer
 
 Names load what they need when first used.
@@ -30,6 +31,9 @@ _HOME = {
     "TokenRules": "mix",
     "token_rules": "mix",
     "SessionMemory": "session",
+    "Drafted": "drafts",
+    "Drafts": "drafts",
+    "speculate": "drafts",
     "MemoryStep": "trace",
     "summary": "trace",
     "MemoryProcessor": "processor",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engram_lm.errors import ConfigError
 from engram_lm.mixing.features import Evidence
 from engram_lm.mixing.gate import Reading
 from engram_lm.mixing.mix import TokenRules
@@ -44,6 +45,7 @@ def read_next(
     snapshot: Snapshot, context: np.ndarray, rules: TokenRules, reading: Reading, *, out: np.ndarray
 ) -> tuple[np.ndarray, Memory]:
     """(q: P_memory over the logits memory may speak of, inside `out`; Memory of one row). out: float32 [V + 1]."""
+    _require_same(snapshot, rules)
     found: Found = snapshot.distribution(
         _with_ends(context[-reading.max_order :], rules, snapshot.end),
         out,
@@ -71,6 +73,7 @@ def read_next(
 
 def read_text(snapshot: Snapshot, ids: np.ndarray, rules: TokenRules, reading: Reading) -> Memory:
     """P_memory of every token of a text given those before it, and what the matches were like."""
+    _require_same(snapshot, rules)
     ids = np.asarray(ids, np.int64)
     scores = snapshot.score(
         _with_ends(ids, rules, snapshot.end),
@@ -116,6 +119,14 @@ def evidence(memory: Memory, survey_N6: np.ndarray, *, generated: np.ndarray | i
         model_logp_of_top=survey_N6[:, 1],
         same_top=survey_N6[:, 4] == memory.top,
     )
+
+
+def _require_same(snapshot: Snapshot, rules: TokenRules) -> None:
+    if snapshot.vocab_size != rules.n_tokens:
+        raise ConfigError(
+            f"The index has {snapshot.vocab_size:,} token ids, the token rules are for {rules.n_tokens:,}. "
+            "Make the rules with rules_of(tokenizer, model, snapshot)."
+        )
 
 
 def _with_ends(ids: np.ndarray, rules: TokenRules, end: int) -> np.ndarray:
