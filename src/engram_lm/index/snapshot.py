@@ -147,8 +147,7 @@ class Snapshot:
             self._plain.rows, context_K, n, max_order, self.end, *space[:3], *work.counts, *work.sparse
         )
         if depth == 0:
-            token_V = np.flatnonzero(self._zero.count_V)
-            return 0, token_V, self._zero.count_V[token_V]
+            return 0, self._zero.token_U.copy(), self._zero.count_U.copy()
         return depth, work.token_V[:n].copy(), work.out_V[:n].copy()
 
     def distribution(
@@ -309,11 +308,14 @@ class Snapshot:
         count_V = np.zeros(self.vocab_size + 1, np.int64)
         for view in self.views:
             count_V += view.unigrams()
-        positive = count_V[count_V > 0]
+        token_U = np.flatnonzero(count_V > 0)
+        count_U = count_V[token_U]
         total, top = int(count_V.sum()), int(count_V.argmax())
-        integers = [total, len(positive), top if total else -1, min(self.n_documents, chain.MOST_DOCUMENTS)]
-        entropy = np.log(total) - (positive * np.log(positive)).sum() / total if total else 0.0
-        return _Zero(np.array(integers, np.int64), np.array([max(entropy, 0.0)]), count_V, {})
+        integers = [total, len(token_U), top if total else -1, min(self.n_documents, chain.MOST_DOCUMENTS)]
+        entropy = np.log(total) - (count_U * np.log(count_U)).sum() / total if total else 0.0
+        return _Zero(
+            np.array(integers, np.int64), np.array([max(entropy, 0.0)]), count_V, token_U, count_U, {}
+        )
 
     def _p_of_order_0(self, discount: float) -> np.ndarray:
         zero = self._zero
@@ -337,11 +339,13 @@ class _Table(NamedTuple):
 
 
 class _Zero(NamedTuple):
-    """Order 0: total, distinct, top token, documents; entropy; counts; probabilities by discount."""
+    """Order 0: total, distinct, top token, documents; entropy; counts; those that are not 0; probabilities by discount."""
 
     integers: np.ndarray
     numbers: np.ndarray
     count_V: np.ndarray
+    token_U: np.ndarray
+    count_U: np.ndarray
     p_V: dict[float, np.ndarray]
 
 
