@@ -1,7 +1,7 @@
 """An index that is followed while it changes, and one decoding step of many rows mixed with it. NumPy and torch; no vLLM.
 
     live = Live(settings, tokenizer=tokenizer, n_logits=49_152, eos_id=2, model=lambda: sha256)
-    live.step(logits_RV, [Row(at=0, last=tokens, generated=3, options=options), ...])    # in place
+    live.step(logits_RV, [Row(at=0, last=tokens, generated=3, part=live.part(options)), ...])
 
 Every step looks at the newest generation of the index (one stat of a file): a document that was added while a request
 runs is known to its next token, one that was deleted has no part in it. If the index cannot be read (its directory
@@ -17,11 +17,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from engram_lm.errors import EngramError
+from engram_lm.errors import ConfigError, EngramError
 from engram_lm.index.store import Store
 from engram_lm.mixing import onepass
 from engram_lm.mixing.features import features
@@ -41,6 +41,14 @@ MOST_TOKENS = 2**21
 _MOST_RESTRICTED = 64
 
 
+class Part(NamedTuple):
+    """What memory is to a request: whose documents, which of them (None: all), and its own lambda (None: the server's)."""
+
+    tenants: tuple[str, ...]
+    documents: tuple[str, ...] | None
+    lam: float | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One row of the logits. at: its place; last: the last tokens before it, at least `Live.max_order` where there are as
@@ -49,7 +57,7 @@ class Row:
     at: int
     last: np.ndarray
     generated: int
-    options: RequestOptions
+    part: Part
 
 
 class Live:
@@ -73,24 +81,33 @@ class Live:
         self.store = Store.open(settings.index, tokenizer=fingerprint)
         self.rules = token_rules(tokenizer, n_logits=n_logits, n_tokens=self.store.vocab_size, eos_id=eos_id)
         self._fixed: dict[float, FixedLambda] = {}
-        self._restricted: tuple[Any, dict[tuple[str, ...], Snapshot]] = (None, {})
+        # part of the index -> (snapshot of all it was made from, snapshot)
+        self._restricted: dict[Any, tuple[Snapshot, Snapshot]] = {}
         self._buffers: list[np.ndarray] = []
         self._down = ""
-        self.snapshot()
+        self.snapshot(settings.tenants or ())
 
     @property
     def max_order(self) -> int:
         """How many tokens before a row memory looks at."""
         return self.gate.reading.max_order
 
-    def active(self, options: RequestOptions) -> bool:
-        """Whether memory can have a part in a request with these options."""
-        return (self.settings.lam if options.lam is None else options.lam) != 0
-
-    def snapshot(self) -> Snapshot | None:
-        """The newest generation of the server's tenants; None where the index cannot be read now."""
+    def part(self, options: RequestOptions) -> Part | None:
+        """What memory is to a request with these options; None where it is nothing. A token that is not good is nothing
+        too: requests with one are refused before they come here, wherever that process knows the key."""
+        if (self.settings.lam if options.lam is None else options.lam) == 0:
+            return None
         try:
-            found = self.store.snapshot(self.settings.tenants)
+            tenants = self.settings.tenants_for(options)
+        except ConfigError as error:
+            _LOG.warning("A request without memory: %s", error)
+            return None
+        return Part(tenants, options.documents, options.lam) if tenants else None
+
+    def snapshot(self, tenants: tuple[str, ...]) -> Snapshot | None:
+        """The newest generation of these tenants; None where the index cannot be read now."""
+        try:
+            found = self.store.snapshot(tenants)
         except (EngramError, OSError) as error:
             if str(error) != self._down:
                 _LOG.error("No memory until the index can be read again: %s", error)
@@ -103,17 +120,15 @@ class Live:
 
     def step(self, logits_RV: torch.Tensor, rows: list[Row]) -> None:
         """Mix memory into these rows, in place; float32. A row where lambda is 0 or nothing is found keeps its bits."""
-        whole = self.snapshot() if rows else None
-        if whole is None or not whole.n_tokens:
-            return
-        groups: dict[tuple[Any, Any], list[Row]] = {}
+        groups: dict[Part, list[Row]] = {}
         for row in rows:
-            if self.active(row.options):
-                groups.setdefault((row.options.lam, row.options.documents), []).append(row)
-        for (lam, documents), group in groups.items():
-            snapshot = whole if documents is None else self._only(whole, documents)
-            if snapshot.n_tokens:
-                self._mix(logits_RV, group, snapshot, self._lambda(lam))
+            groups.setdefault(row.part, []).append(row)
+        for part, group in groups.items():
+            snapshot = self.snapshot(part.tenants)
+            if snapshot is not None and part.documents is not None:
+                snapshot = self._only(snapshot, part)
+            if snapshot is not None and snapshot.n_tokens:
+                self._mix(logits_RV, group, snapshot, self._lambda(part.lam))
 
     # ---- inside -------------------------------------------------------------------------------------------------------
 
@@ -130,6 +145,8 @@ class Live:
         def lambdas(survey_R6: np.ndarray) -> np.ndarray:
             seen = features(evidence(memory, survey_R6, generated=generated), tokens=snapshot.n_tokens)
             usable = (memory.count > 0) & np.isfinite(survey_R6[:, 5])
+            if (most := self.settings.most_verbatim) is not None:
+                usable &= np.minimum(memory.depth, generated) < most
             with np.errstate(invalid="ignore"):
                 return np.where(usable, gate.lambdas(np.nan_to_num(seen)), 0.0)
 
@@ -143,28 +160,29 @@ class Live:
             self._fixed.clear()
         return self._fixed.setdefault(lam, FixedLambda(lam, reading=self.gate.reading))
 
-    def _only(self, whole: Snapshot, documents: tuple[str, ...]) -> Snapshot:
+    def _only(self, whole: Snapshot, part: Part) -> Snapshot:
         """Those of the documents that there are in this generation, sorted anew, once for all steps until the next one.
 
         A document nobody has contributes nothing; too many tokens together are none, since sorting them stops the engine.
         """
-        if self._restricted[0] is not whole or len(self._restricted[1]) > _MOST_RESTRICTED:
-            self._restricted = (whole, {})
-        made = self._restricted[1]
-        if documents not in made:
+        key, documents = part[:2], part.documents or ()
+        made_from, found = self._restricted.pop(key, (None, None))
+        if made_from is not whole or found is None:
             sizes = {}
             for name in documents:
                 for view in whole.views:
                     if (number := view.number_of(name)) >= 0:
                         sizes[name] = len(view.segment.document_tokens(number))
-            if sum(sizes.values()) > MOST_TOKENS:
+            if (n := sum(sizes.values())) > MOST_TOKENS:
                 _LOG.warning(
-                    "No memory for requests that name %s … : %s tokens, at most %s.",
-                    documents[0], sum(sizes.values()), MOST_TOKENS,
-                )  # fmt: skip
+                    "A request without memory: it names documents of %s tokens, at most %s.", n, MOST_TOKENS
+                )
                 sizes = {}
-            made[documents] = whole.restricted(list(sizes))
-        return made[documents]
+            found = whole.restricted(list(sizes))
+        self._restricted[key] = (whole, found)
+        while len(self._restricted) > _MOST_RESTRICTED:
+            del self._restricted[next(iter(self._restricted))]
+        return found
 
 
 def mix_here(

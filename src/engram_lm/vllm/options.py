@@ -2,47 +2,55 @@
 
 The server names index, gate and tenants, in vLLM's `additional_config` under "engram" or in the environment:
 
-    key       variable        what
-    index     ENGRAM_INDEX    directory of an index; without it there is no memory
-    gate      ENGRAM_GATE     a gate's file, or the name of a shipped one ("smollm2")
-    lambda    ENGRAM_LAMBDA   one lambda everywhere, at least 0 and less than 1, instead of a gate
-    tenants   ENGRAM_TENANTS  tenants whose documents are seen, by commas ("public")
-    model     ENGRAM_MODEL    "check": a gate is refused for other weights than it was fitted for; "trust": any are taken
+    index          ENGRAM_INDEX          directory of an index; without it there is no memory
+    gate           ENGRAM_GATE           a gate's file, or the name of a shipped one ("smollm2")
+    lambda         ENGRAM_LAMBDA         instead of a gate: one lambda everywhere, at least 0 and less than 1
+    tenants        ENGRAM_TENANTS        whose documents every request sees, names with commas ("public")
+    key_file       ENGRAM_KEY_FILE       instead of tenants: the key that signs tenant tokens; a request sees the documents of
+                                         its token's tenant, and without a token it has no memory
+    model          ENGRAM_MODEL          "check": other weights than the gate was fitted for are refused; "trust": taken
+    most_verbatim  ENGRAM_MOST_VERBATIM  memory is silent after this many generated tokens in a row of a document's own
 
 A request says more in `SamplingParams.extra_args` ("vllm_xargs" over HTTP, where values are plain):
 
     engram_lambda      instead of the server's gate or lambda; 0 switches memory off
     engram_documents   ids of documents; the others are not looked at
+    engram_token       a signed tenant token (`engram_lm.tenancy`), where the server has a key
 
-Never a tenant: whose documents a request sees is not for the request to say.
+Never a tenant's name: whose documents a request sees is not for the request to say.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, TenantError
+from engram_lm.tenancy import tenant_of
 
 PREFIX = "engram"
 MOST_DOCUMENTS = 64
 _VARIABLES = {
     "index": "ENGRAM_INDEX", "gate": "ENGRAM_GATE", "lambda": "ENGRAM_LAMBDA", "tenants": "ENGRAM_TENANTS",
-    "model": "ENGRAM_MODEL",
+    "key_file": "ENGRAM_KEY_FILE", "model": "ENGRAM_MODEL", "most_verbatim": "ENGRAM_MOST_VERBATIM",
 }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The server's. Exactly one of gate and lam."""
+    """The server's. Exactly one of gate and lam, and of tenants and key_file."""
 
     index: str
     gate: str | None = None
     lam: float | None = None
-    tenants: tuple[str, ...] = ("public",)
+    tenants: tuple[str, ...] | None = ("public",)
+    key_file: str | None = None
     model: Literal["check", "trust"] = "check"
+    most_verbatim: int | None = None
 
     def __post_init__(self) -> None:
         if (self.gate is None) == (self.lam is None):
@@ -52,12 +60,36 @@ class Settings:
             )
         if self.lam is not None:
             require_lambda(self.lam, "lambda")
-        if not self.tenants:
-            raise ConfigError("At least one tenant is needed; leave ENGRAM_TENANTS unset for public.")
+        if bool(self.tenants) == bool(self.key_file):
+            raise ConfigError(
+                "Requests see the documents of ENGRAM_TENANTS (public where it is unset), or those their tokens allow "
+                "(ENGRAM_KEY_FILE): one of them."
+            )
+        if self.key_file:
+            _key(self.key_file)
         if self.model not in ("check", "trust"):
             raise ConfigError(f"model is check or trust; got {self.model!r}.")
         if self.model == "trust" and self.gate is None:
             raise ConfigError("A fixed lambda fits every model: leave ENGRAM_MODEL unset, or name a gate.")
+        most = self.most_verbatim
+        if most is not None and (type(most) is not int or most < 1):
+            raise ConfigError(f"most_verbatim is a whole number of tokens, at least 1; got {most!r}.")
+
+    def tenants_for(self, options: RequestOptions) -> tuple[str, ...]:
+        """Whose documents a request sees; none without a token where tokens are wanted. ConfigError for a token that
+        is not good."""
+        if not self.key_file:
+            if options.token is not None:
+                raise ConfigError(
+                    "engram_token has no effect here: this server has no key for tenant tokens."
+                )
+            return self.tenants or ()
+        if options.token is None:
+            return ()
+        try:
+            return (tenant_of(options.token, _key(self.key_file)),)
+        except TenantError as error:
+            raise ConfigError(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +98,7 @@ class RequestOptions:
 
     lam: float | None = None
     documents: tuple[str, ...] | None = None
+    token: str | None = field(default=None, repr=False)
 
 
 def settings_of(additional_config: Any, environ: Mapping[str, str] | None = None) -> Settings | None:
@@ -93,18 +126,13 @@ def settings_of(additional_config: Any, environ: Mapping[str, str] | None = None
         raise ConfigError(
             f"{', '.join(found)} of a memory is set in {where}, but no index: set ENGRAM_INDEX too."
         )
-    tenants = found.get("tenants", "public")
+    tenants = found.get("tenants", () if found.get("key_file") else ("public",))
     if isinstance(tenants, str):
         tenants = [name.strip() for name in tenants.split(",") if name.strip()]
-    lam = found.get("lambda")
-    if isinstance(lam, str):
-        try:
-            lam = float(lam)
-        except ValueError:
-            raise ConfigError(f"ENGRAM_LAMBDA is a number; got {lam!r}.") from None
     return Settings(
-        index=str(found["index"]), gate=None if found.get("gate") is None else str(found["gate"]), lam=lam,
-        tenants=tuple(tenants), model=found.get("model", "check"),
+        index=str(found["index"]), gate=None if found.get("gate") is None else str(found["gate"]),
+        lam=_number(found.get("lambda"), float, "ENGRAM_LAMBDA"), tenants=tuple(tenants), key_file=found.get("key_file"),
+        model=found.get("model", "check"), most_verbatim=_number(found.get("most_verbatim"), int, "ENGRAM_MOST_VERBATIM"),
     )  # fmt: skip
 
 
@@ -113,7 +141,7 @@ def options_of(extra_args: Mapping[str, Any] | None) -> RequestOptions:
     said = {key: value for key, value in (extra_args or {}).items() if str(key).startswith(PREFIX)}
     if not said:
         return _NOTHING
-    lam, documents = said.pop("engram_lambda", None), said.pop("engram_documents", None)
+    lam, documents, token = (said.pop(f"engram_{name}", None) for name in ("lambda", "documents", "token"))
     if said:
         key = sorted(said)[0]
         if "tenant" in key:
@@ -137,7 +165,9 @@ def options_of(extra_args: Mapping[str, Any] | None) -> RequestOptions:
         documents = tuple(dict.fromkeys(documents))
         if lam == 0:
             raise ConfigError("engram_documents has no effect with an engram_lambda of 0: leave one out.")
-    return RequestOptions(lam=None if lam is None else float(lam), documents=documents)
+    if token is not None and not isinstance(token, str):
+        raise ConfigError("engram_token is a text, as engram-lm index token prints it.")
+    return RequestOptions(lam=None if lam is None else float(lam), documents=documents, token=token)
 
 
 _NOTHING = RequestOptions()
@@ -147,3 +177,22 @@ def require_lambda(value: Any, name: str) -> None:
     """ConfigError unless it is a number from 0 to below 1."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
         raise ConfigError(f"{name} is at least 0 and less than 1; got {value!r}.")
+
+
+def _number(value: Any, kind: type, variable: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{variable} is a number; got {value!r}.") from None
+
+
+@functools.cache
+def _key(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: no key can be read here ({error}). Make one with engram-lm index key."
+        ) from None

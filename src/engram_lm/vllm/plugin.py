@@ -24,8 +24,7 @@ from engram_lm.vllm.options import options_of, settings_of
 if TYPE_CHECKING:
     import torch
 
-    from engram_lm.vllm.live import Live
-    from engram_lm.vllm.options import RequestOptions
+    from engram_lm.vllm.live import Live, Part
 
 _INTERFACES = (
     "vllm.v1.worker.gpu.sample.logits_processor.interface",
@@ -47,8 +46,8 @@ def _bases() -> tuple[type, ...]:
 class _Request:
     """A request of version 1. `output` is vLLM's own list, which it extends after every step."""
 
-    def __init__(self, prompt: list[int] | None, output: list[int], options: RequestOptions) -> None:
-        self.prompt, self.output, self.options = prompt or [], output, options
+    def __init__(self, prompt: list[int] | None, output: list[int], part: Part) -> None:
+        self.prompt, self.output, self.part = prompt or [], output, part
 
     def last(self, n: int) -> Any:
         import numpy as np
@@ -64,7 +63,7 @@ class MemoryLogitsProcessor(*_bases()):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, *given: Any) -> None:
         self._requests: dict[int, _Request] = {}
-        self._slots: dict[int, RequestOptions] = {}
+        self._slots: dict[int, Part] = {}
         self._states = given[0] if len(given) == 1 else None
         settings = settings_of(getattr(vllm_config, "additional_config", None))
         self._live: Live | None = None
@@ -79,8 +78,13 @@ class MemoryLogitsProcessor(*_bases()):  # type: ignore[misc]
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
-        """ValueError where a request says what it may not; vLLM answers HTTP 400."""
-        options_of(getattr(sampling_params, "extra_args", None))
+        """ValueError where a request says what it may not; vLLM answers HTTP 400.
+
+        vLLM gives no settings here: tokens are checked where the server has them in the environment.
+        """
+        options = options_of(getattr(sampling_params, "extra_args", None))
+        if options.token is not None and (settings := settings_of(None)) is not None:
+            settings.tenants_for(options)
 
     # ---- version 1 ----------------------------------------------------------------------------------------------------
 
@@ -97,9 +101,9 @@ class MemoryLogitsProcessor(*_bases()):  # type: ignore[misc]
             requests.pop(at, None)
         for at, params, prompt, output in batch_update.added:
             requests.pop(at, None)
-            options = options_of(params.extra_args)
-            if self._live.active(options):
-                requests[at] = _Request(prompt, output, options)
+            part = self._live.part(options_of(params.extra_args))
+            if part is not None:
+                requests[at] = _Request(prompt, output, part)
         for a, b, direction in batch_update.moved:
             moved, replaced = requests.pop(a, None), requests.pop(b, None)
             if moved is not None:
@@ -114,10 +118,10 @@ class MemoryLogitsProcessor(*_bases()):  # type: ignore[misc]
         self._slots.pop(req_idx, None)
         if self._live is None:
             return False
-        options = options_of(sampling_params.extra_args)
-        if self._live.active(options):
-            self._slots[req_idx] = options
-        return req_idx in self._slots
+        part = self._live.part(options_of(sampling_params.extra_args))
+        if part is not None:
+            self._slots[req_idx] = part
+        return part is not None
 
     def apply_staged_writes(self) -> None:
         """Nothing is staged."""
@@ -147,7 +151,7 @@ class MemoryLogitsProcessor(*_bases()):  # type: ignore[misc]
                 # would be looked up as if nothing had been said yet
                 raise StateError(_ASYNC)
             last = request.last(self._live.max_order)
-            rows.append(Row(at=at, last=last, generated=len(request.output), options=request.options))
+            rows.append(Row(at=at, last=last, generated=len(request.output), part=request.part))
         return rows
 
     def _rows_2(self, ctx: Any) -> list[Any]:

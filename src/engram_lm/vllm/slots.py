@@ -3,24 +3,21 @@
 A row is a request's next token or, under speculative decoding, the token after some of its drafts: the drafts before it
 are in the step's inputs alone. Rows of a prompt that is not read to its end yet give no token and are left out.
 
-    rows_of(req_states, ctx, {slot: options}, max_order=64)
+    rows_of(req_states, ctx, {slot: part}, max_order=64)
 
 R: rows; K: max_order
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from engram_lm.vllm.live import Row
-
-if TYPE_CHECKING:
-    from engram_lm.vllm.options import RequestOptions
+from engram_lm.vllm.live import Part, Row
 
 
-def rows_of(states: Any, ctx: Any, slots: dict[int, RequestOptions], *, max_order: int) -> list[Row]:
+def rows_of(states: Any, ctx: Any, slots: dict[int, Part], *, max_order: int) -> list[Row]:
     """states: LogitsProcRequestState; ctx: LogitsContext; slots: of requests that have memory."""
     import torch
 
@@ -50,7 +47,7 @@ def rows_of(states: Any, ctx: Any, slots: dict[int, RequestOptions], *, max_orde
                 at=at,
                 last=np.concatenate([decided, drafts]),
                 generated=total + draft - prompt,
-                options=slots[slot],
+                part=slots[slot],
             )
         )
     return rows
