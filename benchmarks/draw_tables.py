@@ -15,39 +15,45 @@ ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {1: "#b3261e", 8: "#33658a", 64: "#5b7553"}
 
 
-def main():
-    found = json.loads((ROOT / "benchmarks" / "results" / "tables.json").read_text(encoding="utf8"))["disk"]
-    rows = found["generation"]["found"]
-    figure, axes = plt.subplots(figsize=(6.4, 3.4), dpi=110)
+def draw(axes, rows, *, limit):
+    """Median and interval of what the disk adds, with and without prefetch, by block."""
     for batch, colour in COLOURS.items():
         mine = [row for row in rows if row["batch"] == batch]
-        blocks = [row["block"] for row in mine]
         for name, style in (("disk", "-"), ("disk, no prefetch", ":")):
             added = [row[name]["added_share"] for row in mine]
-            middle = [100 * one["median"] for one in added]
-            spread = [
-                [100 * (one["median"] - one["low"]) for one in added],
-                [100 * (one["high"] - one["median"]) for one in added],
-            ]
-            label = f"batch {batch}" + (", no prefetch" if style == ":" else "")
             axes.errorbar(
-                blocks,
-                middle,
-                yerr=spread,
+                [row["block"] for row in mine],
+                [100 * one["median"] for one in added],
+                yerr=[
+                    [100 * (one["median"] - one["low"]) for one in added],
+                    [100 * (one["high"] - one["median"]) for one in added],
+                ],
                 color=colour,
                 linestyle=style,
                 marker="o",
                 ms=4,
                 capsize=2,
-                label=label,
+                label=f"batch {batch}" + (", no prefetch" if style == ":" else ""),
             )
-    axes.axhline(100 * found["generation"]["at_most_added"], color="black", linewidth=0.8)
-    axes.text(5.5, 0.6, "wanted: 1 %", ha="center", va="top", fontsize=7)
-    axes.set_xlabel("block that the memory enters before (of 8)")
-    axes.set_ylabel("added to a decode step, %")
-    axes.set_xticks(blocks)
+    axes.axhline(100 * limit, color="black", linewidth=0.8)
+    axes.text(min(row["block"] for row in rows), 100 * limit, " wanted: 1 %", va="bottom", fontsize=7)
+    axes.set_xlabel("block that the memory enters before")
+    axes.set_xticks(sorted({row["block"] for row in rows}))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+
+
+def main():
+    found = json.loads((ROOT / "benchmarks" / "results" / "tables.json").read_text(encoding="utf8"))["disk"]
+    rows = found["generation"]["found"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, panels = plt.subplots(1, len(models), figsize=(7.6, 3.3), dpi=110, sharey=True)
+    for axes, model in zip(panels, models, strict=True):
+        draw(axes, [row for row in rows if row["model"] == model], limit=found["generation"]["at_most_added"])
+        axes.set_title(f"Llama {model}, random weights", fontsize=9)
+    panels[0].set_ylabel("added to a decode step, %")
+    panels[0].set_yscale("symlog", linthresh=2)
+    panels[0].set_yticks([-1, 0, 1, 2, 5, 10, 20, 50], ["-1", "0", "1", "2", "5", "10", "20", "50"])
+    panels[-1].legend(fontsize=7, frameon=False, loc="upper right")
     figure.savefig(ROOT / "docs" / "generation-from-disk.png", bbox_inches="tight")
 
 

@@ -43,14 +43,15 @@ def tokenizer_of_words() -> PreTrainedTokenizerFast:
     )
 
 
-def random_llama() -> LlamaForCausalLM:
+def random_llama(*, hidden: int = HIDDEN, blocks: int = 8) -> LlamaForCausalLM:
+    """Heads of 64, an intermediate size of three times the hidden one."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        intermediate_size=1536,
+        hidden_size=hidden,
+        num_hidden_layers=blocks,
+        num_attention_heads=hidden // 64,
+        intermediate_size=3 * hidden,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         pad_token_id=0,

@@ -3,7 +3,7 @@
     make bench-tables
     python benchmarks/tables.py --only disk --out disk.json
 
-Each part is a script of its own that says how it measures. Twenty minutes on a quiet machine with 16 GB of memory free
+Each part is a script of its own that says how it measures. Half an hour on a quiet machine with 16 GB of memory free
 and 10 GB of disk; needs fio. The last line is one JSON object, also written to benchmarks/results/tables.json. Nothing
 fails when a limit is missed: `wanted` says which were met.
 """
@@ -64,7 +64,7 @@ def wanted(found):
             disk["tickets"]["p99_over_fio"]["median_ratio"],
         )
         for one in disk["generation"]["found"]:
-            what = f"generation from disk, before block {one['block']}, batch {one['batch']}: added share"
+            what = f"generation from disk, {one['model']}, before block {one['block']}, batch {one['batch']}: added share"
             row(what, disk["generation"]["at_most_added"], "most", one["disk"]["added_share"]["median"])
     training = found.get("training")
     if training:
@@ -95,7 +95,7 @@ def main():
     found["wanted"] = wanted(found)
     for row in found["wanted"]:
         print(
-            f"  {row['what']:64}{row['value']:9.3f}  at {row['at']} {row['limit']}  {'met' if row['met'] else 'MISSED'}"
+            f"  {row['what']:72}{row['value']:9.3f}  at {row['at']} {row['limit']}  {'met' if row['met'] else 'MISSED'}"
         )
     found |= {"load_average_end": os.getloadavg()[0], "wall_s": time.time() - started}
     text = json.dumps(found)
