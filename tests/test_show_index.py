@@ -8,6 +8,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from engram_lm import cli  # noqa: E402
+from engram_lm.errors import MissingExtraError  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.mixing import FixedLambda, memory_processor  # noqa: E402
 from engram_lm.show.speaking import prompt_ids, speak  # noqa: E402
@@ -85,9 +86,63 @@ def test_generate_with_an_index_reddens_and_tells_its_documents(base, index, cap
     assert "dogs.txt" not in told.err
 
 
+def test_a_question_is_answered_from_the_documents_it_is_about(base, index, capsys):
+    pytest.importorskip("bm25s")
+    ask = ["generate", str(base[0]), "What is the office dog called?", "--index", str(index)]
+    assert cli.run([*ask, "--max-new-tokens", "9"]) == 0
+    told = capsys.readouterr()
+    assert told.out.startswith("What is the office dog called? Orlando.")
+    assert "asked of dogs.txt" in told.err
+    assert cli.run([*ask, "--max-new-tokens", "9", "--documents", "dogs.txt"]) == 0
+    assert capsys.readouterr().out == told.out
+    # a lambda mixes the documents' wording instead; "all" asks no one
+    assert cli.run([*ask, "--max-new-tokens", "9", "--lam", "0.9"]) == 0
+    assert "asked of dogs.txt" in capsys.readouterr().err
+    assert cli.run([*ask, "--max-new-tokens", "2", "--lam", "0.9", "--documents", "all"]) == 0
+    assert "asked of" not in capsys.readouterr().err
+    assert (
+        cli.run([*ask[:2], "Quantum chromodynamics?", *ask[3:], "--lam", "0.9", "--max-new-tokens", "2"]) == 0
+    )
+    assert "no document is about this question" in capsys.readouterr().err
+    assert (
+        cli.run(
+            [*ask[:2], "The office dog", *ask[3:], "--lam", "0.9", "--max-new-tokens", "2", "--top-k", "1"]
+        )
+        == 0
+    )
+    assert "asked of dogs.txt" in capsys.readouterr().err
+
+
+def test_a_question_without_bm25s_asks_the_whole_index_and_says_so(base, index, capsys, monkeypatch):
+    def missing():
+        raise MissingExtraError("bm25s is missing.")
+
+    monkeypatch.setattr("engram_lm.library.choosing._library", missing)
+    ask = [
+        "generate",
+        str(base[0]),
+        "Orlando?",
+        "--index",
+        str(index),
+        "--lam",
+        "0.9",
+        "--max-new-tokens",
+        "2",
+    ]
+    assert cli.run(ask) == 0
+    assert "The whole index answers. bm25s is missing." in capsys.readouterr().err
+    assert cli.run([*ask, "--top-k", "2"]) == cli.REFUSED
+    assert "bm25s is missing." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (["--index", "{i}", "--documents", "cats.txt", "--lam", "0.5"], "no document 'cats.txt'"),
+        (["--index", "{i}", "--documents", "all", "--documents", "dogs.txt"], "auto, all, or ids"),
+        (["--index", "{i}", "--documents", "all", "--top-k", "3"], "belongs to --documents auto"),
+        (["--index", "{i}", "--top-k", "0"], "1 or more documents; got 0"),
+        (["--top-k", "3"], "belong to --index"),
         (["--index", "{i}"], "No gate is shipped for this model"),
         (["--index", "{i}", "--lam", "2"], "lambda"),
         (["--index", "{i}", "--lam", "0.5", "--gate", "g.json"], "exclude each other"),

@@ -205,6 +205,8 @@ def generate(
     gate: Path | None = None,
     lam: float | None = None,
     tenant: str | None = None,
+    documents: list[str] | None = None,
+    top_k: int | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int | None = None,
@@ -234,6 +236,11 @@ def generate(
         A fixed lambda instead of a gate: P = (1 - lam) P_model + lam P_memory.
     tenant
         Whose documents (public).
+    documents
+        What memory speaks from: auto (the documents that a question is about, else all), all, or ids, each with its own
+        --documents.
+    top_k
+        How many documents of a question (3); also for a prompt that is none.
     max_new_tokens
         Most tokens that are generated.
     temperature
@@ -268,6 +275,8 @@ def generate(
         gate=gate,
         lam=lam,
         tenant=tenant,
+        documents=documents,
+        top_k=top_k,
         heat=heat,
         block=block,
         branch=branch,

@@ -6,19 +6,22 @@ Exact N-gram memory knows wording: what it finds is what was written, word for w
         library.add(read_texts(["handbook/", "faq.jsonl"]))
         library.search("annual leave")             # which documents say it, and where
         library.explain("Annual leave is")         # what memory says comes next, and from where
+    library.chosen("How long is my leave?", 3) # which documents a question in other words is about
         library.delete(["handbook/leave.md"])
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engram_lm.library.choosing import Chosen
     from engram_lm.library.library import Explanation, Hit, Library
     from engram_lm.library.texts import Text, read_texts
 
 _WHERE = {
-    "Explanation": "library", "Hit": "library", "Library": "library", "Text": "texts", "read_texts": "texts",
+    "Chosen": "choosing", "Explanation": "library", "Hit": "library", "Library": "library", "Text": "texts",
+    "read_texts": "texts",
 }  # fmt: skip
-__all__ = ["Explanation", "Hit", "Library", "Text", "read_texts"]
+__all__ = ["Chosen", "Explanation", "Hit", "Library", "Text", "read_texts"]
 
 
 def __getattr__(name: str) -> Any:

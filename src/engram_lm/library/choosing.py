@@ -3,17 +3,17 @@
 Exact memory continues wording, and people ask in other words than documents are written in. What a question shares with a
 document is its rare words; memory is then restricted to the documents that hold them (`Snapshot.restricted`).
 
-    chosen = library.chosen("Who repairs microscopes?", k=3)      # [Chosen(id="repairs.md", score=5.1, coverage=0.8), ...]
+    chosen = library.chosen("Who repairs microscopes?", k=3)      # [Chosen("repairs.md", 5.1, 0.8), ...]
     memory = library.store.snapshot().restricted(one.id for one in chosen)
-    focus = library.focus("Who repairs microscopes?", [one.id for one in chosen])      # sentences, for mixing.pointing
+    focus = library.focus("Who repairs microscopes?", [one.id for one in chosen])  # for mixing.pointing
 
-A document counts as its best passage does: whole sentences of 24 tokens or more together. Words are lower case without the endings
--s, -es, -ed and -ing; Chinese, Japanese and Korean signs are words of their own. What is built from a generation's
-texts stays in memory; the words of a document are read once for as long as any generation holds it.
+A document counts as its best passage does: whole sentences, 24 tokens or more together. Words are lower case without the
+endings -s, -es, -ed and -ing; Chinese, Japanese and Korean signs are words of their own. What is built from a generation's
+texts stays in memory; the words of a document are read once for as long as the next generation holds it too.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -122,6 +122,8 @@ class Chooser:
         """At most k documents that share a word with the question, best first; of equal ones the smaller id."""
         if k < 1:
             raise ConfigError(f"The number of documents is 1 or more; got {k}.")
+        if not self._tokens:
+            raise ConfigError("There are no documents to choose from; add some: engram-lm index add.")
         best: dict[str, Chosen] = {}
         for at, score, coverage in self.ranked(question):
             best.setdefault(self.passages[at].id, Chosen(self.passages[at].id, score, coverage))
@@ -148,6 +150,9 @@ class Chooser:
     def focus(self, question: str, ids: Iterable[str], *, most: int = 3) -> tuple[Sentence, ...]:
         """The sentences of these documents that share most with the question, best first."""
         wanted, found = set(ids), []
+        missing = sorted(wanted - self._tokens.keys())
+        if missing:
+            raise ConfigError(f"There is no document {missing[0]!r} here.")
         asked = set(words_of(question))
         for at, score, _ in self.ranked(question):
             if self.passages[at].id not in wanted:
@@ -216,13 +221,6 @@ class _Words(NamedTuple):
 
     places: tuple[tuple[int, int], ...]
     words: tuple[tuple[str, ...], ...]
-
-
-def restrict(snapshot: "Snapshot", document_ids: Sequence[str]) -> "Snapshot":
-    """`snapshot.restricted`, refusing to restrict to nothing."""
-    if not document_ids:
-        raise ConfigError("No documents to restrict memory to; name at least one, or leave it whole.")
-    return snapshot.restricted(document_ids)
 
 
 def _live(snapshot: "Snapshot") -> Iterable[tuple[str, str, np.ndarray]]:

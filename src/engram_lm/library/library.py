@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -14,6 +14,10 @@ from engram_lm.index.segment import Document
 from engram_lm.index.store import PUBLIC, Store
 from engram_lm.library.encoding import TextEncoder
 from engram_lm.library.texts import FILE_HASH, FOLDER, Text, file_hash, find_below, texts_of
+
+if TYPE_CHECKING:
+    from engram_lm.index.snapshot import Snapshot
+    from engram_lm.library.choosing import Chooser, Chosen, Sentence
 
 Existing = Literal["error", "skip", "replace"]
 
@@ -78,6 +82,7 @@ class Library:
 
     def __init__(self, store: Store, encoder: TextEncoder) -> None:
         self.store, self.encoder = store, encoder
+        self._choosers: dict[str, tuple[Snapshot, Chooser]] = {}
 
     @classmethod
     def create(cls, directory: str | os.PathLike, *, tokenizer: Any, **options: Any) -> "Library":
@@ -251,6 +256,30 @@ class Library:
             depth=match.depth, matched=self.encoder.decode(last), counts=tuple(int(c) for c in match.counts),
             continuations=tuple(told), hits=tuple(hits),
         )  # fmt: skip
+
+    def chosen(self, question: str, k: int = 3, *, tenant: str = PUBLIC) -> "list[Chosen]":
+        """At most k documents that a question is about, best first (`library.choosing`); needs the extra `retrieval`.
+
+        The first call of a generation reads the texts that are new in it.
+        """
+        return self.chooser(tenant).chosen(question, k)
+
+    def focus(
+        self, question: str, ids: Iterable[str], *, tenant: str = PUBLIC, most: int = 3
+    ) -> "tuple[Sentence, ...]":
+        """The sentences of these documents that share most with a question, for `mixing.pointing`."""
+        return self.chooser(tenant).focus(question, ids, most=most)
+
+    def chooser(self, tenant: str = PUBLIC) -> "Chooser":
+        """What chooses among the documents of the newest generation; kept until there is a newer one."""
+        from engram_lm.library.choosing import Chooser
+
+        snapshot = self.store.snapshot(tenant)
+        before, chooser = self._choosers.get(tenant, (None, None))
+        if chooser is None or before is not snapshot:
+            chooser = Chooser(snapshot, self.encoder, words=None if chooser is None else chooser.words)
+            self._choosers[tenant] = snapshot, chooser
+        return chooser
 
     def _hit(self, document: Document, count: int, ids: np.ndarray, tenant: str, around: int) -> Hit:
         """The first passage of a document that holds the ids."""

@@ -21,6 +21,8 @@ def generate_command(
     gate: Path | None = None,
     lam: float | None = None,
     tenant: str | None = None,
+    documents: list[str] | None = None,
+    top_k: int | None = None,
     heat: Quantity | None = None,
     block: int | None = None,
     branch: int | None = None,
@@ -47,8 +49,10 @@ def generate_command(
         raise ConfigError("--full has no effect with --heat gate: a gate's full is 1.")
     if (cache_bytes is not None) != (tier == "cached"):
         raise ConfigError("--cache-mb belongs to --tier cached, and to that alone.")
-    if index is None and (gate, lam, tenant) != (None, None, None):
-        raise ConfigError("--gate, --lam and --tenant belong to --index.")
+    if index is None and (gate, lam, tenant, documents, top_k) != (None,) * 5:
+        raise ConfigError("--gate, --lam, --tenant, --documents and --top-k belong to --index.")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"top_k is 1 or more documents; got {top_k}.")
     if index is not None and (heat, block, branch, full) != (None, None, None, None):
         raise ConfigError(
             "With --index the red is the index's part; leave out --heat, --block, --branch and --full."
@@ -68,7 +72,8 @@ def generate_command(
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     indexed = (
         None if index is None else Indexed(
-            index, model=model, tokenizer=tokenizer, gate=gate, lam=lam, tenant=tenant or "public"
+            index, model=model, tokenizer=tokenizer, gate=gate, lam=lam, tenant=tenant or "public",
+            prompt=prompt, chat=chat, documents=documents or ["auto"], top_k=top_k or 0,
         )
     )  # fmt: skip
     tokens = speak(

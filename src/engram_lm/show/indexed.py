@@ -1,25 +1,37 @@
-"""Generation with an index of documents: which model, which gate, and the line that says what the index did."""
+"""Generation with an index of documents: which documents, which gate, and the line that says what the index did.
+
+A question is answered from the documents it is about: three that BM25 finds, whose words memory names where the model is
+unsure (`mixing.pointing`). Everything else, and a question that no document is about, goes on with the whole index as the
+gate says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
     from engram_lm.mixing.gate import Lambda
+    from engram_lm.mixing.pointing import PointingProcessor
     from engram_lm.mixing.processor import MemoryProcessor
     from engram_lm.mixing.trace import MemoryStep
     from engram_lm.show.speaking import Token
 
 
+TOP = 3
+
+
 class Indexed:
-    """An index beside a model, for one generation."""
+    """An index beside a model, for one generation.
+
+    documents: ["auto"], ["all"] or ids. top_k: how many documents of a question; 0 where it was not given.
+    """
 
     def __init__(
         self,
@@ -30,22 +42,82 @@ class Indexed:
         gate: Path | None,
         lam: float | None,
         tenant: str,
+        prompt: str = "",
+        chat: bool = False,
+        documents: Sequence[str] = ("auto",),
+        top_k: int = 0,
     ) -> None:
         from engram_lm.library import Library
 
         self.model, self.tokenizer = model, tokenizer
         self.library = Library.open(directory, tokenizer=tokenizer)
         self.snapshot: Snapshot = self.library.store.snapshot(tenant)
-        self.gate: Lambda = chosen_gate(gate, lam, self.snapshot, model=model, tokenizer=tokenizer)
+        self.focus: tuple[Any, ...] = ()
+        self.notes: list[str] = []
+        self._choose(prompt, chat, list(documents), top_k, tenant, mixing=gate is not None or lam is not None)
+        self.gate: Lambda | None = None
+        if not self.focus:
+            self.gate = chosen_gate(gate, lam, self.snapshot, model=model, tokenizer=tokenizer)
         self.ids: list[int] = []
         self.steps: list[MemoryStep] = []
 
-    def processor(self, ids: list[int]) -> MemoryProcessor:
+    def _choose(
+        self, prompt: str, chat: bool, documents: list[str], top_k: int, tenant: str, *, mixing: bool
+    ) -> None:
+        """Restrict memory to what was named, or to what the prompt is about. mixing: a gate or lambda was asked for, so the
+        documents' wording is mixed in and no words are pointed at."""
+        from engram_lm.library.choosing import is_question
+        from engram_lm.mixing.pointing import COVERAGE
+
+        if not documents or (len(documents) > 1 and {"auto", "all"} & set(documents)):
+            raise ConfigError("--documents is auto, all, or ids of documents.")
+        if top_k < 0 or (top_k and documents != ["auto"]):
+            raise ConfigError("--top-k is 1 or more, and belongs to --documents auto.")
+        asking = chat or is_question(prompt)
+        if documents == ["all"] or (documents == ["auto"] and not asking and not top_k):
+            return
+        if documents != ["auto"]:
+            self.snapshot = self.snapshot.restricted(documents)
+            if asking and not mixing:
+                self.focus = self._focus(prompt, documents, tenant)
+            return
+        try:
+            found = (
+                self.library.chosen(prompt, top_k or TOP, tenant=tenant) if self.snapshot.n_documents else []
+            )
+        except MissingExtraError as error:
+            if top_k:
+                raise
+            self.notes.append(f"The whole index answers. {error}")
+            return
+        if not found or found[0].coverage < COVERAGE:
+            self.notes.append("no document is about this question; the whole index answers")
+            return
+        ids = [one.id for one in found]
+        self.notes.append(f"asked of {', '.join(ids)}")
+        self.snapshot = self.snapshot.restricted(ids)
+        if not mixing:
+            self.focus = self._focus(prompt, ids, tenant)
+
+    def _focus(self, prompt: str, ids: list[str], tenant: str) -> tuple[Any, ...]:
+        try:
+            return self.library.focus(prompt, ids, tenant=tenant)
+        except MissingExtraError as error:
+            self.notes.append(f"No words are pointed at. {error}")
+            return ()
+
+    def processor(self, ids: list[int]) -> MemoryProcessor | PointingProcessor:
         """A new one for a prompt."""
         import torch
 
         from engram_lm.mixing import memory_processor
 
+        if self.gate is None:
+            from engram_lm.mixing.identity import rules_of
+            from engram_lm.mixing.pointing import PointingProcessor
+
+            rules = rules_of(self.tokenizer, self.model, self.snapshot)
+            return PointingProcessor(self.focus, prompt_length=len(ids), rules=rules)
         return memory_processor(
             self.snapshot, self.gate, torch.tensor([ids]), tokenizer=self.tokenizer, model=self.model
         )
@@ -62,7 +134,7 @@ class Indexed:
         """What happened: one line, and the documents behind the token that the index gave most of."""
         from engram_lm.mixing.trace import summary
 
-        lines = [summary(list(self.steps))]
+        lines = [*self.notes, summary(list(self.steps))]
         spoken = [step for step in self.steps if step.depth and (step.responsibility or 0) > 0]
         if spoken:
             best = max(spoken, key=lambda step: (round(step.responsibility or 0, 2), step.depth))
