@@ -117,6 +117,15 @@ def test_weights_of_groups_do_not_depend_on_their_size():
     np.testing.assert_allclose(once.weights["w"], again.weights["w"], atol=0.02)
 
 
+def test_groups_can_be_taken_out_again():
+    parts = [some_examples(n, N=30 + n, name=f"part {n}", general=n == 2) for n in range(3)]
+    found = Examples.join(parts).of(["part 2", "part 0"])
+    assert (found.groups, found.general, len(found)) == (("part 2", "part 0"), (True, False), 62)
+    for n, name in ((2, "part 2"), (0, "part 0")):
+        here = found.group == found.groups.index(name)
+        np.testing.assert_array_equal(found.p_memory[here], parts[n].p_memory)
+
+
 def test_files_come_back_and_say_what_they_are_for(tmp_path):
     gate = a_gate()
     loaded = Gate.load(gate.save(tmp_path / "gate.json"))

@@ -344,7 +344,8 @@ def test_the_shipped_gate_is_for_smollm2_and_within_its_bound():
         model_entropy=[3.0] * 3, model_top_logp=[-1.0] * 3, model_logp_of_top=[-4.0, -3.0, -5.0], same_top=[False] * 3,
     )  # fmt: skip
     nothing, word, passage = gate.lambdas(features(seen, tokens=10**5))
-    assert nothing < 0.02 < word < 0.3 < 0.7 < passage
+    assert nothing < 0.01 < word < 0.2
+    assert passage > 0.6
 
 
 def test_examples_leave_the_document_out_and_vary_the_index(model, snapshot):

@@ -27,6 +27,7 @@ NAMES = (
 )  # fmt: skip
 _STEPS = (1, 2, 3, 4, 6, 9, 17)
 _LEAST = np.log(1e-9)
+_MOST_DOCUMENTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def features(evidence: Evidence, *, tokens: int) -> np.ndarray:
         e.distinct == 1,
         np.log1p(e.count_below),
         np.log1p(e.distinct_below),
-        np.log1p(e.documents),
+        np.log1p(np.minimum(e.documents, _MOST_DOCUMENTS)),
         e.documents == 1,
         e.memory_entropy,
         top,

@@ -18,7 +18,7 @@ works from the first document on.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -51,6 +51,20 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.group)
+
+    def of(self, groups: Sequence[str]) -> Examples:
+        """Positions of these groups alone."""
+        kept = np.isin(self.group, [self.groups.index(name) for name in groups])
+        arrays = ("features", "log_p_model", "p_memory", "found")
+        old = np.array([self.groups.index(name) for name in groups])
+        place = np.zeros(len(self.groups), np.int64)
+        place[old] = np.arange(len(old))
+        return Examples(
+            **{name: getattr(self, name)[kept] for name in arrays},
+            group=place[self.group[kept]],
+            groups=tuple(groups),
+            general=tuple(self.general[i] for i in old),
+        )
 
     @classmethod
     def join(cls, parts: list[Examples]) -> Examples:
