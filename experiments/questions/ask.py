@@ -36,7 +36,7 @@ from engram_lm.train.base import load_base
 SIZES, TOP = (1, 8, 100), (1, 3, 5)
 MOST = 24
 PROMPT = "Use the following text to answer the question.\n\n{text}\n\nQuestion: {question}"
-LAMBDAS = (0.3, 0.5, 0.9)
+LAMBDAS = (0.5, 0.9)
 POINTING = Pointing()
 
 
@@ -129,9 +129,9 @@ class Asker:
             ids = [one.id for one in chosen]
             restricted = shelf.snapshot.restricted(ids) if ids else shelf.snapshot
             spent = time.perf_counter() - begun
-            for name in {1: tuple(gates), 3: ("gate", "λ 0.5")}.get(k, ("λ 0.5",)):
-                if kind == "question" or name == "gate":
-                    ways[f"top {k}, {name}"] = self.processed(prompt, restricted, gates[name]), spent
+            names = {1: ("gate", "believing gate", "λ 0.5", "λ 0.9"), 3: ("gate", "λ 0.5")}.get(k, ("λ 0.5",))
+            for name in names if kind == "question" else ("gate",):
+                ways[f"top {k}, {name}"] = self.processed(prompt, restricted, gates[name]), spent
             begun = time.perf_counter()
             focus = shelf.chooser.focus(question, ids)
             spent += time.perf_counter() - begun
@@ -140,16 +140,17 @@ class Asker:
             if k != 3 or kind != "question":
                 continue
             ways["top 3, pointing always"] = Pointer(focus, POINTING), spent
+            if shelf.size != 8:
+                continue
             best = known[0] if known else None
             ways["top 3, quote"] = Quote(best, 0), spent
             ways["top 3, quote from word"] = Quote(best, best.starts[0] if best and best.starts else 0), spent
-            ways["top 3, cache"] = Pointer(known, replace(POINTING, alpha=0.0)), spent
-            if shelf.size != 8:
-                continue
+            three = shelf.chooser.focus(question, ids, most=3) if known else ()
+            ways["top 3, pointing at 3 sentences"] = Pointer(three, POINTING), spent
             for lam in (0.2, 0.5):
                 ways[f"top 3, pointing λ {lam}"] = Pointer(known, replace(POINTING, lam=lam)), spent
-            ways["top 3, pointing at 1 sentence"] = Pointer(known[:1], POINTING), spent
-            ways["top 3, pointing alpha 0.5"] = Pointer(known, replace(POINTING, alpha=0.5)), spent
+            for alpha in (0.0, 0.5):
+                ways[f"top 3, pointing alpha {alpha}"] = Pointer(known, replace(POINTING, alpha=alpha)), spent
         return ways
 
     # ---- one question -------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class Asker:
         for shelf in self.shelves.values():
             for name, (way, spent) in self.ways(prompt, fact.question, shelf, "question").items():
                 ways[f"{shelf.size}: {name}"], about[f"{shelf.size}: {name}"] = way, spent
-        self.run(fact, prompt, ways, about, lambda: prefill(self.model, prompt))
+        self.run_alone(fact, prompt, ways, about)
 
     def continue_cloze(self, fact: Fact) -> None:
         ids = self.tokenizer(fact.cloze, add_special_tokens=False).input_ids
@@ -168,7 +169,7 @@ class Asker:
         for shelf in self.shelves.values():
             for name, (way, spent) in self.ways(ids, fact.cloze, shelf, "cloze").items():
                 ways[f"cloze {shelf.size}: {name}"], about[f"cloze {shelf.size}: {name}"] = way, spent
-        self.run(fact, ids, ways, about, lambda: prefill(self.model, ids), most=12)
+        self.run_alone(fact, ids, ways, about, most=12)
 
     def ask_with_text(self, fact: Fact) -> None:
         """Retrieved text in the prompt, the best first; the oracle's passage; and memory beside the text."""
@@ -179,39 +180,44 @@ class Asker:
             if shelf.size == 8:
                 oracle = next(page for page in shelf.parts.values() if fact.number in page.facts)
                 texts["oracle passage"] = [oracle.text], (1,)
-        same: dict[tuple[int, ...], Answer] = {}
+        ways, about, starts = {}, {}, []
         for name, (found, tops) in texts.items():
             if all(self.known(f"{name} {k}", fact) for k in tops):
                 continue
-            starts = self.starts_with(fact.question, found, tops) if found else {}
+            begun = self.starts_with(fact.question, found, tops) if found else {}
             for k in tops:
-                start = starts.get(k) or prefill(self.model, self.chat(fact.question))
-                ways, about = {f"{name} {k}": argmax}, {f"{name} {k}": 0.0}
+                start = begun.get(k) or prefill(self.model, self.chat(fact.question))
+                same = next((n for n, other in enumerate(starts) if other.ids == start.ids), len(starts))
+                if same == len(starts):
+                    starts.append(start)
+                ways[f"{name} {k}"], about[f"{name} {k}"] = (same, argmax), 0.0
                 if k == 3:
                     shelf = self.shelves[int(name.split(":")[0])]
                     more = self.ways(start.ids, fact.question, shelf, "both")
                     for arm, (way, spent) in more.items():
-                        if arm in ("top 3, gate", "top 3, pointing"):
-                            both = f"{shelf.size}: both, {arm}"
-                            ways[both], about[both] = way, spent
-                if tuple(start.ids) in same and len(ways) == 1:
-                    self.keep(f"{name} {k}", fact, same[tuple(start.ids)], start.ids, start.seconds, 0.0)
-                    continue
-                said = self.run(fact, start.ids, ways, about, lambda start=start: start)
-                if f"{name} {k}" in said:
-                    same[tuple(start.ids)] = said[f"{name} {k}"]
+                        both = f"{shelf.size}: both, {arm}"
+                        ways[both], about[both] = (same, way), spent
+        self.run(fact, starts, ways, about)
 
-    def run(
-        self, fact: Fact, prompt: list[int], ways: dict, about: dict, start: Callable, most: int = MOST
-    ) -> dict[str, Answer]:
+    def run(self, fact: Fact, starts: list[Start], ways: dict, about: dict, most: int = MOST) -> None:
+        """ways: arm -> (number of its start, way)."""
         left = {name: way for name, way in ways.items() if not self.known(name, fact)}
-        if not left:
-            return {}
-        begun = start()
-        answers = decode(self.model, begun, left, most=most, ends=self.ends)
-        for name, answer in answers.items():
-            self.keep(name, fact, answer, prompt, begun.seconds, about[name])
-        return answers
+        if left:
+            answers = decode(self.model, starts, left, most=most, ends=self.ends)
+            for name, answer in answers.items():
+                start = starts[ways[name][0]]
+                self.keep(name, fact, answer, start.ids, start.seconds, about[name])
+
+    def run_alone(self, fact: Fact, prompt: list[int], ways: dict, about: dict, most: int = MOST) -> None:
+        """Ways that have a prompt without documents."""
+        if not all(self.known(name, fact) for name in ways):
+            self.run(
+                fact,
+                [prefill(self.model, prompt)],
+                {name: (0, way) for name, way in ways.items()},
+                about,
+                most,
+            )
 
     # ---- what is kept -------------------------------------------------------------------------------------------------
 
@@ -256,20 +262,15 @@ def general_questions(asker: Asker) -> None:
         ways, about = {f"{kind}: alone": argmax}, {f"{kind}: alone": 0.0}
         for shelf in [asker.shelves[8]]:
             for name, (way, spent) in asker.ways(prompt, question, shelf, "question").items():
-                if name.startswith(
-                    ("top 3, pointing", "top 3, gate", "top 3, λ", "top 3, quote", "whole", "top 3, cache")
-                ):
+                if name.startswith(("top 3, pointing", "top 3, gate", "top 3, λ", "top 3, quote", "whole")):
                     ways[f"{kind}: {name}"], about[f"{kind}: {name}"] = way, spent
             texts = [shelf.parts[one.id].text for one in shelf.parts_chooser.chosen(question, 3)]
-        asker.run(fact, prompt, ways, about, lambda prompt=prompt: prefill(asker.model, prompt))
+        asker.run_alone(fact, prompt, ways, about)
         arm = f"{kind}: prompt 3"
-        if texts and not asker.known(arm, fact):
-            start = asker.starts_with(question, texts, (3,))[3]
-            asker.run(fact, start.ids, {arm: argmax}, {arm: 0.0}, lambda start=start: start)
-        elif not texts:
-            asker.run(
-                fact, prompt, {arm: argmax}, {arm: 0.0}, lambda prompt=prompt: prefill(asker.model, prompt)
-            )
+        if not texts:
+            asker.run_alone(fact, prompt, {arm: argmax}, {arm: 0.0})
+        elif not asker.known(arm, fact):
+            asker.run(fact, [asker.starts_with(question, texts, (3,))[3]], {arm: (0, argmax)}, {arm: 0.0})
 
 
 def main() -> None:
@@ -284,7 +285,7 @@ def main() -> None:
     torch.set_num_threads(1)
     options.out.mkdir(parents=True, exist_ok=True)
     asker = Asker(options.out, options.quick)
-    facts = asker.facts[: 10 if options.quick else None]
+    facts = sorted(asker.facts, key=lambda fact: fact.part != "test")[: 10 if options.quick else None]
     todo = options.only or (
         ["questions", "prompt"] if options.quick else ["questions", "general", "cloze", "prompt"]
     )

@@ -1,10 +1,10 @@
 """Many ways to answer one question, decoded side by side: what they have said alike is computed once.
 
-All ways share the prompt's keys and values; at every step each distinct beginning of an answer is one row of a batch, so
-twenty ways that say the same cost as much as one. Greedy. No padding: all rows are as long as each other.
+Ways that share a prompt share its keys and values; at every step each distinct beginning of an answer is one row of a
+batch, so twenty ways that say the same cost as much as one. Prompts of several lengths are padded on the left. Greedy.
 
     start = prefill(model, ids)                                     # or prefill(model, more_ids, after=start)
-    answers = decode(model, start, {"alone": argmax, ...}, most=28, ends={2})
+    answers = decode(model, [start], {"alone": (0, argmax), ...}, most=24, ends={2})
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 # (answer so far, logits float32 [V]) -> next token
 Chooser = Callable[[list[int], np.ndarray], int]
@@ -51,29 +52,65 @@ def prefill(model: Any, ids: list[int], *, after: Start | None = None) -> Start:
 
 @torch.inference_mode()
 def decode(
-    model: Any, start: Start, ways: dict[str, Chooser], *, most: int, ends: set[int]
+    model: Any, starts: list[Start], ways: dict[str, tuple[int, Chooser]], *, most: int, ends: set[int]
 ) -> dict[str, Answer]:
+    """ways: name -> (number of its start, chooser)."""
     said: dict[str, list[int]] = {name: [] for name in ways}
     spent, going = dict.fromkeys(ways, 0.0), set(ways)
-    rows, logits_RV, cache = {(): 0}, start.logits_V[None], copy.deepcopy(start.cache)
+    # (start, answer so far) -> row
+    rows = {(n, ()): n for n in range(len(starts))}
+    logits_RV, (cache, mask_RL) = np.stack([start.logits_V for start in starts]), _together(starts)
+    lengths = torch.tensor([len(start.ids) for start in starts])
     for step in range(most):
         parents, following = [], {}
         for name in [name for name in ways if name in going]:
-            row = rows[tuple(said[name])]
+            start, way = ways[name]
+            row = rows[start, tuple(said[name])]
             begun = time.perf_counter()
-            token = ways[name](said[name], logits_RV[row])
+            token = way(said[name], logits_RV[row])
             spent[name] += time.perf_counter() - begun
             if token in ends:
                 going.discard(name)
                 continue
             said[name].append(token)
-            if tuple(said[name]) not in following:
-                following[tuple(said[name])] = len(parents)
+            if (start, tuple(said[name])) not in following:
+                following[start, tuple(said[name])] = len(parents)
                 parents.append(row)
         if not following or step == most - 1:
             break
+        if parents != list(range(len(rows))):
+            chosen = torch.tensor(parents)
+            cache.reorder_cache(chosen)
+            mask_RL = mask_RL[chosen]
         rows = following
-        cache.reorder_cache(torch.tensor(parents))
-        tokens = torch.tensor([[answer[-1]] for answer in rows])
-        logits_RV = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1].numpy()
+        mask_RL = torch.cat([mask_RL, torch.ones(len(rows), 1, dtype=torch.long)], 1)
+        tokens = torch.tensor([[answer[-1]] for _, answer in rows])
+        positions = torch.stack([lengths[n] + step for n, _ in rows])[:, None]
+        output = model(
+            tokens, past_key_values=cache, attention_mask=mask_RL, position_ids=positions, use_cache=True
+        )
+        logits_RV = output.logits[:, -1].numpy()
     return {name: Answer(said[name], spent[name]) for name in ways}
+
+
+def _together(starts: list[Start]) -> tuple[Any, torch.Tensor]:
+    """One cache of several prompts, padded on the left, and its attention mask."""
+    longest = max(len(start.ids) for start in starts)
+    mask_RL = torch.ones(len(starts), longest, dtype=torch.long)
+    for row, start in zip(mask_RL, starts, strict=True):
+        row[: longest - len(start.ids)] = 0
+    if len(starts) == 1:
+        return copy.deepcopy(starts[0].cache), mask_RL
+    cache = DynamicCache()
+    for layer in range(len(starts[0].cache.layers)):
+        pairs = [
+            [
+                torch.nn.functional.pad(states, (0, 0, longest - len(start.ids), 0))
+                for states in (start.cache.layers[layer].keys, start.cache.layers[layer].values)
+            ]
+            for start in starts
+        ]
+        cache.update(
+            torch.cat([keys for keys, _ in pairs]), torch.cat([values for _, values in pairs]), layer
+        )
+    return cache, mask_RL

@@ -147,7 +147,7 @@ class Chooser:
             shared = sum(self._idf_W[i] for i in ids if i in self._sets[at])
             yield at, float(score_P[at]), float(shared / whole)
 
-    def focus(self, question: str, ids: Iterable[str], *, most: int = 3) -> tuple[Sentence, ...]:
+    def focus(self, question: str, ids: Iterable[str], *, most: int = 1) -> tuple[Sentence, ...]:
         """The sentences of these documents that share most with the question, best first."""
         wanted, found = set(ids), []
         missing = sorted(wanted - self._tokens.keys())

@@ -265,7 +265,7 @@ class Library:
         return self.chooser(tenant).chosen(question, k)
 
     def focus(
-        self, question: str, ids: Iterable[str], *, tenant: str = PUBLIC, most: int = 3
+        self, question: str, ids: Iterable[str], *, tenant: str = PUBLIC, most: int = 1
     ) -> "tuple[Sentence, ...]":
         """The sentences of these documents that share most with a question, for `mixing.pointing`."""
         return self.chooser(tenant).focus(question, ids, most=most)
