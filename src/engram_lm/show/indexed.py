@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 
 TOP = 3
+_SLOW_TOKENS = 2_000_000  # some ten seconds
 
 
 class Indexed:
