@@ -1,5 +1,6 @@
 """generate --index: the same tokens as transformers with the same processor, what the red means, and what is refused."""
 
+import json
 import re
 
 import pytest
@@ -156,3 +157,57 @@ def test_what_has_no_effect_or_cannot_be_is_refused(base, index, options, said, 
     options = [option.replace("{i}", str(index)) for option in options]
     assert cli.run(["generate", str(base[0]), "The", *options]) == cli.REFUSED
     assert said in capsys.readouterr().err
+
+
+def test_a_gate_is_fitted_reported_drawn_and_used(base, tmp_path, capsys):
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+    texts = [
+        Text(id=str(k), text=" ".join(words[(k + i * (k + 1)) % 10] for i in range(60))) for k in range(6)
+    ]
+    with Library.create(tmp_path / "index", tokenizer=base[2]) as library:
+        library.add(texts)
+    (tmp_path / "general.txt").write_text(
+        "\n\n".join("".join(chr(97 + (i * k) % 26) for i in range(200)) for k in range(3, 9))
+    )
+    fit = [
+        "gate",
+        "fit",
+        str(base[0]),
+        "--index",
+        str(tmp_path / "index"),
+        "--general",
+        str(tmp_path / "general.txt"),
+    ]
+    # one file is one document; a gate needs more
+    assert cli.run([*fit, "--out", str(tmp_path / "gate.json")]) == cli.REFUSED
+    assert "at least 2 documents in the index and 2 general texts" in capsys.readouterr().err
+    with open(tmp_path / "general.jsonl", "w") as file:
+        for paragraph in (tmp_path / "general.txt").read_text().split("\n\n"):
+            file.write(json.dumps({"text": paragraph}) + "\n")
+    fit[-1] = str(tmp_path / "general.jsonl")
+    assert (
+        cli.run(
+            [*fit, "--out", str(tmp_path / "gate.json"), "--texts", "4", "--plot", str(tmp_path / "p.png")]
+        )
+        == 0
+    )
+    told = capsys.readouterr().out
+    assert "a logistic gate for" in told
+    assert "where it was held to +0.50 %" in told
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.run([*fit, "--out", str(tmp_path / "gate.json")]) == cli.REFUSED
+    assert "exists already" in capsys.readouterr().err
+    use = [
+        "generate",
+        str(base[0]),
+        "alpha beta",
+        "--index",
+        str(tmp_path / "index"),
+        "--max-new-tokens",
+        "3",
+    ]
+    assert cli.run([*use, "--gate", str(tmp_path / "gate.json")]) == 0
+    capsys.readouterr()
+    assert cli.run(["gate", "report", str(tmp_path / "gate.json"), "--json"]) == 0
+    assert '"worst_general"' in capsys.readouterr().out
+    assert cli.run(["gate", "report", str(tmp_path / "absent.json")]) == cli.REFUSED
