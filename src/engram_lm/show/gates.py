@@ -1,4 +1,4 @@
-"""What `engram-lm gate fit` and `gate report` do: fit a gate from an index and general text; tell what one was measured to do."""
+"""What `engram-lm gate fit` and `gate report` do: fit a gate for a model, and tell what one was measured to do."""
 
 from __future__ import annotations
 
