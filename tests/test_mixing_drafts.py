@@ -50,7 +50,9 @@ def plainly(model, snapshot, gate, prompt, n, *, session="off", **sampling):
     return out[0, len(prompt) :].tolist(), processor.steps(out)[0]
 
 
-@pytest.mark.parametrize("gate", [FixedLambda(0.9), FixedLambda(0.3), FixedLambda(0.8, space="log")], ids=str)
+@pytest.mark.parametrize(
+    "gate", [FixedLambda(0.9), FixedLambda(0.3), FixedLambda(0.8, space="log")], ids=["loud", "quiet", "log"]
+)
 def test_greedy_tokens_are_those_of_plain_generation(model, snapshot, documents, gate):
     rng, accepted = np.random.default_rng(1), 0
     for i in range(8):

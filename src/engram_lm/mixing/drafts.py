@@ -69,7 +69,7 @@ def speculate(
     tokenizer: Any = None,
     rules: TokenRules | None = None,
     max_new_tokens: int,
-    drafts: int = 8,
+    drafts: int = 16,
     temperature: float = 0.0,
     seed: int = 0,
     end: Literal["eos", "nothing"] = "eos",
@@ -137,7 +137,7 @@ class Drafts:
     pass it on). After a call: forwards, drafted, accepted.
     """
 
-    def __init__(self, processor: MemoryProcessor, *, drafts: int = 8, worth: float = WORTH) -> None:
+    def __init__(self, processor: MemoryProcessor, *, drafts: int = 16, worth: float = WORTH) -> None:
         self._guesser = Guesser(processor, most=drafts, worth=worth)
         self.forwards = 0
 
