@@ -79,7 +79,7 @@ class MemoryProcessor:
         self._last: list[_Row] = []
         self._steps: dict[tuple[int, int], MemoryStep] = {}
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of the next token after input_ids [N, T] -> logits of the mixture."""
         ids_NT = input_ids.detach().cpu().numpy()
         N, B = len(ids_NT), len(self._prompts)
