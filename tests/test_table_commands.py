@@ -19,8 +19,8 @@ from engram_lm.operate import convert as conversion
 from engram_lm.operate.compare import compare, together
 from engram_lm.operate.convert import to_packed, to_safetensors
 from engram_lm.operate.measure import measure, row_norms
-from engram_lm.progress import Progress
 from engram_lm.operate.sources import open_source, sample_rows, sampled, whole
+from engram_lm.progress import Progress
 from engram_lm.tables import CODECS, HostStore, Writer, open_packed, open_shipped, read_header
 from engram_lm.tables.safetensors import file_tensors
 from engram_lm.tables.store import records_of

@@ -20,8 +20,8 @@ from engram_lm.operate.convert import targets
 from engram_lm.operate.doctor import examine
 from engram_lm.operate.identify import expect
 from engram_lm.operate.measure import Stats, measure, row_norms
-from engram_lm.progress import Progress
 from engram_lm.operate.sources import Key, open_source, sampled, size_told, whole
+from engram_lm.progress import Progress
 from engram_lm.tables import DiskStore, Layout, names_of
 from engram_lm.tables.format import identity_hash
 from engram_lm.tables.shipped import files_of
