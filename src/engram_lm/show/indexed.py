@@ -1,8 +1,8 @@
 """Generation with an index of documents: which documents, which gate, and the line that says what the index did.
 
-A question is answered from the documents it is about: three that BM25 finds, whose words memory names where the model is
-unsure (`mixing.pointing`). Everything else, and a question that no document is about, goes on with the whole index as the
-gate says.
+A question is answered from the documents it is about: of three that BM25 finds, memory names words of the best sentence
+where the model is unsure (`mixing.pointing`). Other turns of a chat have those documents mixed in as the gate says; all
+other text, and a question that no document is about, the whole index.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Indexed:
             return
         if documents != ["auto"]:
             self.snapshot = self.snapshot.restricted(documents)
-            if asking and not mixing:
+            if is_question(prompt) and not mixing:
                 self.focus = self._focus(prompt, documents, tenant)
             return
         try:
@@ -97,7 +97,7 @@ class Indexed:
         ids = [one.id for one in found]
         self.notes.append(f"asked of {', '.join(ids)}")
         self.snapshot = self.snapshot.restricted(ids)
-        if not mixing:
+        if is_question(prompt) and not mixing:
             self.focus = self._focus(prompt, ids, tenant)
 
     def _focus(self, prompt: str, ids: list[str], tenant: str) -> tuple[Any, ...]:
