@@ -81,10 +81,14 @@ def wanted(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes; parts not run keep what it has")
     options = parser.parse_args()
     started = time.time()
     found = {"benchmark": "tables", **circumstances("engram-lm", "torch", "numpy", "numba")}
+    if options.out.exists():
+        # parts that are not run stay as they were measured; each names its own commit and date
+        before = json.loads(options.out.read_text(encoding="utf8"))
+        found |= {part: before[part] for part in PARTS if part in before and part not in options.only}
     for part in options.only:
         done = subprocess.run(
             [sys.executable, str(HERE / f"tables_{part}.py")], stdout=subprocess.PIPE, text=True, check=True
