@@ -146,7 +146,7 @@ def options_of(extra_args: Mapping[str, Any] | None) -> RequestOptions:
         key = sorted(said)[0]
         if "tenant" in key:
             raise ConfigError(
-                f"{key}: whose documents a request sees is the server's to say (ENGRAM_TENANTS)."
+                f"{key}: whose documents a request sees is the server's or a signed engram_token's to say."
             )
         raise ConfigError(
             f"There is no option {key!r}; a request may say engram_lambda and engram_documents."
