@@ -43,12 +43,13 @@ def draw(axes, rows, *, limit):
 
 
 def main():
-    found = json.loads((ROOT / "benchmarks" / "results" / "tables.json").read_text(encoding="utf8"))["disk"]
-    rows = found["generation"]["found"]
+    found = json.loads((ROOT / "benchmarks" / "results" / "tables.json").read_text(encoding="utf8"))
+    found = found["generation"]
+    rows = found["found"]
     models = list(dict.fromkeys(row["model"] for row in rows))
     figure, panels = plt.subplots(1, len(models), figsize=(7.6, 3.3), dpi=110, sharey=True)
     for axes, model in zip(panels, models, strict=True):
-        draw(axes, [row for row in rows if row["model"] == model], limit=found["generation"]["at_most_added"])
+        draw(axes, [row for row in rows if row["model"] == model], limit=found["at_most_added"])
         axes.set_title(f"Llama {model}, random weights", fontsize=9)
     panels[0].set_ylabel("added to a decode step, %")
     panels[0].set_yscale("symlog", linthresh=2)

@@ -1,4 +1,4 @@
-"""Tables on every tier in one run: host memory, disk, training where rows lie; what was wanted stands beside.
+"""Tables on every tier in one run: host memory, disk, generation, training where rows lie; what was wanted stands beside.
 
     make bench-tables
     python benchmarks/tables.py --only disk --out disk.json
@@ -20,7 +20,7 @@ from machine import circumstances
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "tables.json"
-PARTS = ["host", "disk", "training"]
+PARTS = ["host", "disk", "generation", "training"]
 
 
 def wanted(found):
@@ -63,9 +63,10 @@ def wanted(found):
             "most",
             disk["tickets"]["p99_over_fio"]["median_ratio"],
         )
-        for one in disk["generation"]["found"]:
-            what = f"generation from disk, {one['model']}, before block {one['block']}, batch {one['batch']}: added share"
-            row(what, disk["generation"]["at_most_added"], "most", one["disk"]["added_share"]["median"])
+    generation = found.get("generation", {"found": []})
+    for one in generation["found"]:
+        what = f"generation from disk, {one['model']}, before block {one['block']}, batch {one['batch']}: added share"
+        row(what, generation["at_most_added"], "most", one["disk"]["added_share"]["median"])
     training = found.get("training")
     if training:
         row(
@@ -81,7 +82,9 @@ def wanted(found):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--out", type=Path, default=RESULT, help="where the JSON goes; parts not run keep what it has")
+    parser.add_argument(
+        "--out", type=Path, default=RESULT, help="where the JSON goes; parts not run keep what it has"
+    )
     options = parser.parse_args()
     started = time.time()
     found = {"benchmark": "tables", **circumstances("engram-lm", "torch", "numpy", "numba")}

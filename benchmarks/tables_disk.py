@@ -1,4 +1,4 @@
-"""Rows from disk: random reads beside fio and a mapped file, one token's rows, and generation with rows on disk.
+"""Rows from disk: random reads beside fio and a mapped file, and one token's rows.
 
     python benchmarks/tables_disk.py [GB] [seconds]
 
@@ -6,13 +6,10 @@
   4 KiB, direct, on the same file, and a NumPy map of it whose pages were dropped from the cache (posix_fadvise). Reads
   here are direct, so the page cache serves neither; arms take turns. fio is Debian's package.
 - One token: 24 rows by `prefetch(...).rows()`, one after the other, beside fio's completion latency at depth 24.
-- Generation: a decode step of two random Llamas with their rows on disk and in memory, by the block that the memory enters
-  before and by batch: what a step has time to hide, and what it has not. A second table in memory shows the noise.
 
 Wall time, medians. The last line is JSON.
 """
 
-import itertools
 import json
 import os
 import shutil
@@ -26,15 +23,12 @@ import numpy as np
 import timing
 import torch
 from machine import circumstances
-from shape import draw_ids, random_llama, tokenizer_of_words
-from transformers import DynamicCache
 
-from engram_lm import MemoryConfig, attach, memories, use_table
-from engram_lm.tables import DiskStore, HostStore, StoredTable, Writer, open_packed
+from engram_lm.tables import DiskStore, StoredTable, Writer, open_packed
 
 DEPTH, TOKEN_ROWS = 64, 24
 SEED = 0
-AT_LEAST_OF_FIO, TICKET_OVER_FIO, ADDED_TO_GENERATION = 0.85, 1.5, 0.01
+AT_LEAST_OF_FIO, TICKET_OVER_FIO = 0.85, 1.5
 CODEC, WIDTH = "fp8_e4m3_e8m0", 256
 
 
@@ -135,113 +129,6 @@ def tickets(path, layout, *, seconds, repeats=5):
     }
 
 
-# hidden, blocks, blocks that the memory enters before, steps at batch 1
-MODELS = ((512, 8, (1, 4, 7), 240), (1024, 16, (2, 8), 120))
-
-
-def generation(directory, *, models=MODELS, batches=(1, 8, 64), rows_per_head=60_000):
-    """Decode steps with one memory layer of 24 columns of 256 numbers in fp8, rows in memory and on disk, in turns."""
-    found = []
-    for hidden, n_blocks, places, steps in models:
-        for block in places:
-            model = attach(
-                random_llama(hidden=hidden, blocks=n_blocks), tokenizer_of_words(),
-                MemoryConfig(layers=(block,), profile="deepseek-v4.1", rows_per_head=rows_per_head),
-            )  # fmt: skip
-            (slot,) = memories(model)["memory"].slots
-            path = Path(directory) / f"generation-{hidden}-{block}.engram"
-            write_random_rows(path, slot.table.n_rows)
-            arms = generation_arms(path)
-            for batch in batches:
-                n = max(18, steps // (1 + batch // 4))
-                (ids,) = draw_ids("zipf", batch=batch, tokens=8 + len(arms) * n, count=1)
-                row = {"model": f"{hidden} x {n_blocks}", "block": block, "batch": batch}
-                row |= shares(decode_seconds(model, block, arms, ids, n), arms)
-                found.append(row)
-                print(told(row), flush=True)
-            for table in arms.values():
-                table.close()
-            path.unlink()
-    return {"rows_per_head": rows_per_head, "at_most_added": ADDED_TO_GENERATION, "found": found}
-
-
-def write_random_rows(path, n_rows):
-    rng = np.random.default_rng(SEED)
-    with Writer(path, n_rows=n_rows, width=WIDTH, codec=CODEC) as writer:
-        while writer.rows_done < n_rows:
-            n = min(65_536, n_rows - writer.rows_done)
-            record = rng.integers(0, 248, (n, 264), dtype=np.uint8)
-            record[record == 127] = 0
-            record[:, WIDTH:] = 118
-            writer.add(record)
-        writer.finish()
-
-
-def generation_arms(path):
-    arms = {
-        "memory": StoredTable(HostStore.load(open_packed(path))),
-        "memory again": StoredTable(HostStore.load(open_packed(path))),
-        "disk": StoredTable(DiskStore(open_packed(path))),
-        "disk, no prefetch": StoredTable(DiskStore(open_packed(path))),
-    }
-    for name, table in arms.items():
-        table.fetches_ahead = name == "disk"
-    return arms
-
-
-def shares(seconds, arms):
-    """Step times of every arm, and what each adds to the arm in memory, pair by pair."""
-    base = np.array(seconds["memory"])
-    row = {"memory": timing.spread(seconds["memory"])}
-    for name in list(arms)[1:]:
-        added = (np.array(seconds[name]) - base) / np.median(base)
-        row[name] = {**timing.spread(seconds[name]), "added_share": interval(added)}
-    row["waited_ms_a_step"] = 1e3 * arms["disk"].waited_s / max(1, arms["disk"].tickets_read)
-    return row
-
-
-def told(row):
-    def share(name):
-        return f"{100 * row[name]['added_share']['median']:+.1f} %"
-
-    low, high = (100 * row["disk"]["added_share"][k] for k in ("low", "high"))
-    return (
-        f"  generation, {row['model']}, before block {row['block']}, batch {row['batch']:2}: "
-        f"{1e3 * row['memory']['median_s']:.1f} ms; from disk {share('disk')} ({low:+.1f} to {high:+.1f}), without prefetch "
-        f"{share('disk, no prefetch')}, memory again {share('memory again')}; waited {row['waited_ms_a_step']:.2f} ms"
-    )
-
-
-@torch.inference_mode()
-def decode_seconds(model, block, arms, ids, steps):
-    """Wall seconds of every decode step, each arm with a cache of its own; they take turns step by step, in every order."""
-    caches = {name: DynamicCache(config=model.config) for name in arms}
-    seconds = {name: [] for name in arms}
-    for name, table in arms.items():
-        use_table(model, block, table)
-        for _ in range(2):  # compiles, and fills caches
-            model(ids[:, :8], past_key_values=caches[name])
-        table.waited_s = table.tickets_read = 0
-    orders = list(itertools.permutations(arms))
-    np.random.default_rng(SEED).shuffle(orders)
-    for step in range(steps):
-        for k, name in enumerate(orders[step % len(orders)]):
-            use_table(model, block, arms[name])
-            at = 8 + k * steps + step
-            start = time.perf_counter()
-            model(ids[:, at : at + 1], past_key_values=caches[name])
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def interval(values, *, draws=2000):
-    """Median and its bootstrap 95 % interval."""
-    values = np.asarray(values)
-    picks = np.random.default_rng(SEED).integers(0, len(values), (draws, len(values)))
-    low, high = np.percentile(np.median(values[picks], axis=1), [2.5, 97.5])
-    return {"median": float(np.median(values)), "low": float(low), "high": float(high)}
-
-
 def readable(found):
     lines = ["random reads of 4 KiB a second, depth 64"]
     for name, spread in found["rates"]["reads_a_second"].items():
@@ -268,7 +155,6 @@ def run(*, gigabytes=8.0, seconds=4, directory=None):
         found["tickets"] = tickets(path, layout, seconds=seconds)
         print(readable(found), flush=True)
         path.unlink()
-        found["generation"] = generation(scratch)
     return found
 
 
