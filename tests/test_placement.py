@@ -163,6 +163,36 @@ def test_tickets_that_nobody_asks_for_and_a_store_that_closes_under_them(tmp_pat
         ticket.rows()
 
 
+@pytest.mark.parametrize("lacking", ["descriptors", "threads"])
+def test_where_no_reading_thread_can_be_had_a_ticket_comes_all_the_same(lacking, tmp_path, monkeypatch):
+    rows = np.random.default_rng(0).standard_normal((900, 64)).astype(np.float32)
+    with Writer(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
+        writer.add_rows(rows)
+        writer.finish()
+    table, before = (
+        StoredTable(DiskStore(open_packed(tmp_path / "t.engram"))),
+        len(os.listdir("/proc/self/fd")),
+    )
+    with monkeypatch.context() as patch:
+        if lacking == "descriptors":
+            patch.setattr(os, "eventfd", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        else:
+            start = threading.Thread.start
+            patch.setattr(
+                threading.Thread,
+                "start",
+                lambda self: (
+                    (_ for _ in ()).throw(RuntimeError("no"))
+                    if self.name == "engram-disk-reader"
+                    else start(self)
+                ),
+            )
+        assert np.array_equal(table.prefetch(torch.tensor([5, 40])).rows().numpy(), rows[[5, 40]])
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert np.array_equal(table.prefetch(torch.tensor([40, 899])).rows().numpy(), rows[[40, 899]])
+    assert table.store._aheads
+
+
 def test_a_cut_or_damaged_page_is_an_error_of_the_ticket_too(tmp_path):
     rows = np.random.default_rng(0).standard_normal((900, 64)).astype(np.float32)
     with Writer(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:

@@ -46,7 +46,19 @@ class Ahead:
         queue = codes.queue(store.depth) if hasattr(os, "eventfd") else None
         if queue is None:
             return
-        self._wake, self._done = os.eventfd(0, os.EFD_CLOEXEC), os.eventfd(0, os.EFD_CLOEXEC)
+        events: list[int] = []
+        try:
+            for _ in range(2):
+                events.append(os.eventfd(0, os.EFD_CLOEXEC))
+            self._start(store, segment_SX, queue, events)
+        except BaseException:
+            codes.close_queue(queue)
+            for handle in events:
+                os.close(handle)
+            raise
+
+    def _start(self, store: "DiskStore", segment_SX: np.ndarray, queue: int, events: list[int]) -> None:
+        self._wake, self._done = events
         per_round = max(1, ROUND_BYTES // store.most_read)
         pages = row_kernels.zero_pages(per_round * len(segment_SX) * store.most_read)
         # a page that a child shares could be copied away from under a read
@@ -66,9 +78,7 @@ class Ahead:
         )  # fmt: skip
         thread.start()
         # not a method: the thread and what ends it hold no reference to this object
-        self._end = weakref.finalize(
-            self, _end, self.pid, thread, self.control, queue, (self._wake, self._done)
-        )
+        self._end = weakref.finalize(self, _end, self.pid, thread, self.control, queue, events)
         self.usable = True
 
     def _room(self, n: int) -> None:
@@ -103,9 +113,7 @@ def _serve(*args: Any) -> None:
     kernels.serve(*args)
 
 
-def _end(
-    pid: int, thread: threading.Thread, control: np.ndarray, queue: int, events: tuple[int, int]
-) -> None:
+def _end(pid: int, thread: threading.Thread, control: np.ndarray, queue: int, events: list[int]) -> None:
     if pid == os.getpid():
         control[kernels.STOP] = 1
         os.eventfd_write(events[0], 1)

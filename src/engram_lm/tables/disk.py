@@ -161,7 +161,10 @@ class DiskStore(Store):
                 return None
             ahead = self._idle_ahead.pop() if self._idle_ahead else None
             if ahead is None or ahead.pid != os.getpid():
-                ahead = Ahead(self, _segment_table(self.layout, self._files))
+                try:
+                    ahead = Ahead(self, _segment_table(self.layout, self._files))
+                except (OSError, RuntimeError):  # no descriptor, memory or thread is left: others may gather
+                    return None
                 if not ahead.usable:
                     return None
                 self._aheads.add(ahead)
