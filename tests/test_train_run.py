@@ -381,7 +381,7 @@ def test_every_option_is_on_the_command_line():
     import dataclasses
     import inspect
 
-    flags = set(inspect.signature(cli.train).parameters) - {"out", "config", "resume", "overwrite"}
+    flags = set(inspect.signature(cli.model.train).parameters) - {"out", "config", "resume", "overwrite"}
     assert flags == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
