@@ -108,7 +108,11 @@ def test_globs_are_sorted_and_files_come_once(tmp_path):
         ("a.jsonl", b'"text"\n', r"a\.jsonl:1: a JSON str, wanted an object"),
         ("a.txt.xz", b"not xz", r"a\.txt\.xz is damaged or cut short after line 0"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz is damaged or cut short after line 0"),
-        ("a.txt.gz", gzip.compress(b"a\n" * 10_000, mtime=0)[:-12], r"a\.txt\.gz is damaged or cut short after line"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"a\n" * 10_000, mtime=0)[:-12],
+            r"a\.txt\.gz is damaged or cut short after line",
+        ),
         ("a.txt.xz", lzma.compress(b"a\n" * 10_000)[:-12], r"a\.txt\.xz is damaged or cut short after line"),
         ("a.csv", b"x", r"a\.csv: text is read from \.txt and \.jsonl files"),
     ],
