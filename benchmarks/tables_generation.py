@@ -30,7 +30,7 @@ ADDED_TO_GENERATION = 0.01
 CODEC, WIDTH = "fp8_e4m3_e8m0", 256
 
 # hidden, blocks, blocks that the memory enters before, steps at batch 1
-MODELS = ((512, 8, (1, 4, 7), 240), (1024, 16, (2, 8), 120))
+MODELS = ((512, 8, (1, 4, 7), 160), (1024, 16, (8,), 60))
 
 
 def generation(directory, *, models=MODELS, batches=(1, 8, 64), rows_per_head=60_000):
@@ -47,7 +47,7 @@ def generation(directory, *, models=MODELS, batches=(1, 8, 64), rows_per_head=60
             write_random_rows(path, slot.table.n_rows)
             arms = generation_arms(path)
             for batch in batches:
-                n = max(18, steps // (1 + batch // 4))
+                n = max(12, steps // (1 + batch // 4))
                 (ids,) = draw_ids("zipf", batch=batch, tokens=8 + len(arms) * n, count=1)
                 row = {"model": f"{hidden} x {n_blocks}", "block": block, "batch": batch}
                 row |= shares(decode_seconds(model, block, arms, ids, n), arms)
