@@ -42,6 +42,10 @@ def snapshot_of(encoder, texts, dead=()):
     return Snapshot([View(segment, dead_documents=dead)], vocab_size=encoder.vocab_size)
 
 
+def chooser_of(encoder, texts):
+    return Chooser(snapshot_of(encoder, texts), encoder)
+
+
 def bm25_plain(passages, question, *, k1=1.5, b=0.75):
     """Lucene's variant, from its formula."""
     words = [words_of(text) for text in passages]
@@ -123,6 +127,10 @@ def test_sentences_in_focus_and_their_words(encoder):
     assert named(best) == "___ office_______ called_________"
     assert named(other) == "__________ beside____ reception desk_"
     assert best.starts == (3, 17)
+    assert other.starts == (10, 21)  # "reception desk" is one phrase
+    (code,) = chooser_of(encoder, {"x": "LX-4409 opens at 21:40, or 1,140 times."}).focus("When open?", ["x"])
+    assert named(code) == "LX-4409_________ 21:40____ 1,140 times_"
+    assert code.starts == (0, 16, 26)
     assert chooser.focus(question, ["badge"]) == ()
     assert len(chooser.focus(question, ["dog"])) == 1
 

@@ -121,7 +121,8 @@ def test_the_processor_writes_the_mixture_and_tells_its_part():
 
 
 @pytest.mark.parametrize(
-    ("options", "said"), [({"lam": 1.0}, "lam is"), ({"word": -0.1}, "word is"), ({"alpha": -1}, "alpha is")]
+    ("options", "said"),
+    [({"lam": 1.0}, "lam is"), ({"phrase": -0.1}, "phrase is"), ({"alpha": -1}, "alpha is")],
 )
 def test_settings_that_cannot_be_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):

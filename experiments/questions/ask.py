@@ -182,8 +182,15 @@ class Asker:
                 texts["oracle passage"] = [oracle.text], (1,)
         ways, about, starts = {}, {}, []
         for name, (found, tops) in texts.items():
-            if all(self.known(f"{name} {k}", fact) for k in tops):
+            both = (
+                [f"{name.split(':')[0]}: both, top 3, {arm}" for arm in ("gate", "pointing")]
+                if 3 in tops
+                else []
+            )
+            if all(self.known(arm, fact) for arm in [*both, *(f"{name} {k}" for k in tops)]):
                 continue
+            if all(self.known(f"{name} {k}", fact) for k in tops):
+                tops = (3,)
             begun = self.starts_with(fact.question, found, tops) if found else {}
             for k in tops:
                 start = begun.get(k) or prefill(self.model, self.chat(fact.question))
@@ -195,8 +202,8 @@ class Asker:
                     shelf = self.shelves[int(name.split(":")[0])]
                     more = self.ways(start.ids, fact.question, shelf, "both")
                     for arm, (way, spent) in more.items():
-                        both = f"{shelf.size}: both, {arm}"
-                        ways[both], about[both] = (same, way), spent
+                        arm = f"{shelf.size}: both, {arm}"
+                        ways[arm], about[arm] = (same, way), spent
         self.run(fact, starts, ways, about)
 
     def run(self, fact: Fact, starts: list[Start], ways: dict, about: dict, most: int = MOST) -> None:

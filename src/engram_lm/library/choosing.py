@@ -49,8 +49,8 @@ class Chosen(NamedTuple):
 class Sentence:
     """A sentence of a document that shares words with a question. tokens: int64 [n]. weight: 1 for the best, down to 0.
 
-    starts: places where a word begins that the question does not hold and that is no stop word. inside: bool [n], whether
-    a token belongs to such a word.
+    inside: bool [n], whether a token belongs to words that the question does not hold and that are no stop words; such words
+    side by side are a phrase. starts: the places where phrases begin.
     """
 
     id: str
@@ -178,9 +178,9 @@ class Chooser:
 
     def _sentence(self, document_id: str, tokens: np.ndarray, weight: float, asked: set[str]) -> Sentence:
         pieces = [self.encoder.decode([token]) for token in tokens]
-        bounds = np.cumsum([0] + [len(piece) for piece in pieces])
-        starts, inside = [], np.zeros(len(tokens), bool)
-        for word in _WORD.finditer("".join(pieces)):
+        text, bounds = "".join(pieces), np.cumsum([0] + [len(piece) for piece in pieces])
+        starts, inside, behind = [], np.zeros(len(tokens), bool), -1
+        for word in _WORD.finditer(text):
             if word[0].lower() in STOP_WORDS or _stem(word[0].lower()) in asked:
                 continue
             first, last = (
@@ -190,8 +190,14 @@ class Chooser:
             # some tokenizers cut the blank before a number
             if first > 0 and pieces[first - 1] == " ":
                 first -= 1
-            starts.append(int(first))
+            # "Corvina Trust", "LX-4409", "21:40" are named from their beginning alone
+            between = text[behind : word.start()] if behind >= 0 else "."
             inside[first:last] = True
+            if between.strip() and (behind < 0 or len(between) > 1):
+                starts.append(int(first))
+            elif starts:
+                inside[starts[-1] : last] = True
+            behind = word.end()
         return Sentence(document_id, tokens, weight, tuple(starts), inside)
 
     def _read(self, tokens: np.ndarray) -> "_Words":

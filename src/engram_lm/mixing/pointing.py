@@ -1,12 +1,12 @@
 """Memory for questions in the user's own words: it names words of the chosen sentences, the model says which one fits here.
 
 Plain continuation fails for questions, as an answer begins otherwise than the document does. Pointing needs no match: of
-the words that the sentences hold and the question does not, each is as likely as the model finds it at this place,
+the phrases that the sentences hold and the question does not, each is as likely as the model finds its beginning here,
 
     P_memory(x) ~ weight(x) P_model(x) ** alpha        (pointer-generator networks, See et al. 2017, choose by attention)
 
 and P = (1 - lam) P_model + lam P_memory. Under greedy decoding the model goes its way where it is sure, and takes a word
-of the document where it is not. Once such a word has begun, memory goes on with it and what follows, until the sentence
+of the document where it is not. Once such a phrase has begun, memory goes on with it and what follows, until the sentence
 ends; then it has nothing to add and lambda is 0. No training; no tokens in the prompt.
 
     processor = PointingProcessor(focus, prompt_length=len(ids), rules=rules_of(tokenizer, model, snapshot))
@@ -43,16 +43,16 @@ class Sentence(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointing:
-    """lam: where memory proposes a word. alpha: how much the model chooses among words; 0: it does not. word, phrase: lambda
-    inside a word that has begun, and behind it up to the end of the sentence."""
+    """lam: where memory proposes a phrase. alpha: how much the model chooses among them; 0: it does not. phrase, rest: lambda
+    inside a phrase that has begun, and behind it up to the end of the sentence."""
 
     lam: float = 0.35
     alpha: float = 1.0
-    word: float = 0.95
-    phrase: float = 0.7
+    phrase: float = 0.95
+    rest: float = 0.7
 
     def __post_init__(self) -> None:
-        for name in ("lam", "word", "phrase"):
+        for name in ("lam", "phrase", "rest"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 0 and less than 1; got {getattr(self, name)}.")
         if self.alpha < 0:
@@ -81,7 +81,7 @@ def point(
     if depth:
         if token is None:
             return _NOTHING
-        return Pointed(np.array([token]), np.ones(1), pointing.phrase if whole else pointing.word, depth)
+        return Pointed(np.array([token]), np.ones(1), pointing.rest if whole else pointing.phrase, depth)
     weight: dict[int, float] = {}
     for sentence in focus:
         for start in sentence.starts:
@@ -98,7 +98,7 @@ def point(
 
 def _going_on(focus: Sequence[Sentence], said: list[int]) -> tuple[int, int | None, bool]:
     """(how many last tokens of the answer stand in a sentence, one of them in a word worth naming; the token after them,
-    None at the sentence's end; whether no word is left unfinished)."""
+    None at the sentence's end; whether no phrase is left unfinished)."""
     best: tuple[int, int | None, bool] = (0, None, True)
     if not said:
         return best
