@@ -47,14 +47,16 @@ def main():
     found = found["generation"]
     rows = found["found"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, panels = plt.subplots(1, len(models), figsize=(7.6, 3.3), dpi=110, sharey=True)
-    for axes, model in zip(panels, models, strict=True):
+    figure, panels = plt.subplots(
+        1, len(models), figsize=(3.8 * len(models), 3.3), dpi=110, sharey=True, squeeze=False
+    )
+    for axes, model in zip(panels[0], models, strict=True):
         draw(axes, [row for row in rows if row["model"] == model], limit=found["at_most_added"])
         axes.set_title(f"Llama {model}, random weights", fontsize=9)
-    panels[0].set_ylabel("added to a decode step, %")
-    panels[0].set_yscale("symlog", linthresh=2)
-    panels[0].set_yticks([-1, 0, 1, 2, 5, 10, 20, 50], ["-1", "0", "1", "2", "5", "10", "20", "50"])
-    panels[-1].legend(fontsize=7, frameon=False, loc="upper right")
+    panels[0, 0].set_ylabel("added to a decode step, %")
+    panels[0, 0].set_yscale("symlog", linthresh=2)
+    panels[0, 0].set_yticks([-1, 0, 1, 2, 5, 10, 20, 50], ["-1", "0", "1", "2", "5", "10", "20", "50"])
+    panels[0, -1].legend(fontsize=7, frameon=False, loc="upper right")
     figure.savefig(ROOT / "docs" / "generation-from-disk.png", bbox_inches="tight")
 
 

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import sys
 import types
 
@@ -62,6 +63,14 @@ def test_texts_of_a_folder_have_ids_below_it_and_keep_what_json_lines_tell(folde
     (single,) = read_texts(folder / "dog.txt", id="dog", extra={"licence": "MIT"})
     assert (single.id, single.extra["licence"]) == ("dog", "MIT")
     assert "folder" not in single.extra
+
+
+def test_a_name_that_is_no_text_becomes_an_id_that_is(folder):
+    name = os.fsdecode(b"n\xe9.txt")
+    (folder / name).write_text("news")
+    ids = [text.id for text in read_texts([folder])]
+    assert "n\\udce9.txt" in ids
+    assert all(id.encode("utf8") for id in ids)
 
 
 def test_what_cannot_be_read_is_named(folder, tmp_path, monkeypatch):

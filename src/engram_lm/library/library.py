@@ -13,7 +13,7 @@ from engram_lm.index.manifest import MANIFEST
 from engram_lm.index.segment import Document
 from engram_lm.index.store import PUBLIC, Store
 from engram_lm.library.encoding import TextEncoder
-from engram_lm.library.texts import FILE_HASH, FOLDER, Text, file_hash, find_below, texts_of
+from engram_lm.library.texts import FILE_HASH, FOLDER, Text, file_hash, find_below, folder_name, texts_of
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
@@ -159,7 +159,7 @@ class Library:
         root = Path(folder).expanduser()
         if not root.is_dir():
             raise DataError(f"{folder} is no folder.")
-        path = str(root.resolve())
+        path = folder_name(root)
         held: set[str] = set()
         of_file: dict[tuple[str, str], set[str]] = {}
         for document in self.store.documents(tenant):

@@ -96,13 +96,13 @@ def find(paths: Iterable[str | Path]) -> Iterator[Found]:
                 "documents."
             )
         else:
-            yield Found(path=path, id=path.as_posix())
+            yield Found(path=path, id=_name(path))
 
 
 def find_below(folder: Path) -> list[Found]:
     """Readable files below a folder, hidden ones and those in hidden folders left out."""
     return [
-        Found(path=file, id=file.relative_to(folder).as_posix(), folder=str(folder.resolve()))
+        Found(path=file, id=_name(file.relative_to(folder)), folder=folder_name(folder))
         for file in sorted(folder.rglob("*"))
         if file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -137,6 +137,16 @@ def texts_of(
     else:
         text = _converted(found.path)
     yield Text(id=name, text=text, source=name, extra=facts)
+
+
+def folder_name(folder: Path) -> str:
+    """What documents of a folder remember of it."""
+    return _name(folder.resolve())
+
+
+def _name(path: Path) -> str:
+    """A path as text; bytes of its name that are no UTF-8 as \\udcXX."""
+    return path.as_posix().encode("utf8", "backslashreplace").decode("utf8")
 
 
 def file_hash(path: Path) -> str:
