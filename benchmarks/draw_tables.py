@@ -56,7 +56,7 @@ def main():
     panels[0, 0].set_ylabel("added to a decode step, %")
     panels[0, 0].set_yscale("symlog", linthresh=2)
     panels[0, 0].set_yticks([-1, 0, 1, 2, 5, 10, 20, 50], ["-1", "0", "1", "2", "5", "10", "20", "50"])
-    panels[0, -1].legend(fontsize=7, frameon=False, loc="upper right")
+    panels[0, -1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(ROOT / "docs" / "generation-from-disk.png", bbox_inches="tight")
 
 
