@@ -9,8 +9,21 @@ keeps its traceback.
     engram-lm addresses --profile deepseek-v4.1 --layer 1 --canonical --ids 0,5,17,-1,42 --json
 """
 
-from engram_lm.cli import gates, index, model, tables
+from engram_lm.cli import adapt, gates, index, model, serve, tables
 from engram_lm.cli.app import INTERRUPTED, READER_GONE, REFUSED, app, main, run
 
 # importing the modules is what makes their commands
-__all__ = ["INTERRUPTED", "READER_GONE", "REFUSED", "app", "gates", "index", "main", "model", "run", "tables"]
+__all__ = [
+    "INTERRUPTED",
+    "READER_GONE",
+    "REFUSED",
+    "adapt",
+    "app",
+    "gates",
+    "index",
+    "main",
+    "model",
+    "run",
+    "serve",
+    "tables",
+]

@@ -17,6 +17,7 @@ from engram_lm.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
+    from engram_lm.library import Library
     from engram_lm.mixing.gate import Lambda
     from engram_lm.mixing.pointing import PointingProcessor
     from engram_lm.mixing.processor import MemoryProcessor
@@ -31,7 +32,8 @@ _SLOW_TOKENS = 2_000_000  # some ten seconds
 class Indexed:
     """An index beside a model, for one generation.
 
-    documents: ["auto"], ["all"] or ids. top_k: how many documents of a question; 0 where it was not given.
+    documents: ["auto"], ["all"] or ids. top_k: how many documents of a question; 0 where it was not given. library: of the
+    directory, where it is open already.
     """
 
     def __init__(
@@ -47,11 +49,12 @@ class Indexed:
         chat: bool = False,
         documents: Sequence[str] = ("auto",),
         top_k: int = 0,
+        library: Library | None = None,
     ) -> None:
         from engram_lm.library import Library
 
         self.model, self.tokenizer = model, tokenizer
-        self.library = Library.open(directory, tokenizer=tokenizer)
+        self.library = Library.open(directory, tokenizer=tokenizer) if library is None else library
         self.snapshot: Snapshot = self.library.store.snapshot(tenant)
         self.focus: tuple[Any, ...] = ()
         self.notes: list[str] = []
