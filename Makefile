@@ -12,12 +12,12 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
     && { echo $$python; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types bench-core bench-tables bench-index demo
+.PHONY: help setup test test-all lint types bench-core bench-tables bench-index demo demo-terminal
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## environment in .venv: torch 2.13.0, then this project with [hf,dev], all versions pinned
+setup: $(STAMP) ## environment in .venv: torch 2.13.0, then this project with [hf,serve,dev], all versions pinned
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "setup: found no Python 3.11 or newer with the venv module." \
@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml constraints.txt
 	    || { echo "setup 1/3: new environment in $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
 	@echo "setup 2/3: $(TORCH) (the default build for Linux is some GB; the first time takes minutes)"
 	@$(PIP) install $(TORCH) -c constraints.txt
-	@echo "setup 3/3: engram-lm with its extras hf and dev"
-	@$(PIP) install -e '.[hf,dev]' -c constraints.txt
+	@echo "setup 3/3: engram-lm with its extras hf, serve and dev"
+	@$(PIP) install -e '.[hf,serve,dev]' -c constraints.txt
 	@touch $@
 	@echo "setup: done"
 
@@ -55,5 +55,8 @@ bench-tables: setup ## time tables in host memory, on disk and in training; need
 bench-index: setup ## the index on real text beside infini-gram; ENGRAM_INDEX_TEXT names the text; the last line is JSON
 	$(BIN)/python benchmarks/index.py
 
-demo: setup ## a language model with memory, and where the memory speaks
+demo: setup ## a page: see what memory does, and change it; Ctrl-C stops it
+	$(BIN)/engram-lm serve
+
+demo-terminal: setup ## the same memory without a browser: text that reddens
 	$(BIN)/engram-lm demo

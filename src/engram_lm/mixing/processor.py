@@ -52,6 +52,15 @@ class _Row(NamedTuple):
     micro_seconds: float
 
 
+class LookUp(NamedTuple):
+    """q_M: P_memory over the tokens it may speak of, not renormalised. lam: the gate's. lse: log-sum-exp of the logits."""
+
+    q_M: np.ndarray
+    memory: Memory
+    lam: float
+    lse: float
+
+
 class MemoryProcessor:
     """See the module; made by `memory_processor`."""
 
@@ -151,20 +160,13 @@ class MemoryProcessor:
     ) -> bool:
         """Write the mixture of one row; False where it is the model's own distribution, bit for bit."""
         start = time.perf_counter()
-        buffers = self._buffers[self._turn]
+        buffers, row_V = self._buffers[self._turn], logits_V.numpy()
         while len(buffers) <= r:
             buffers.append(np.empty(self.snapshot.vocab_size + 1, np.float32))
-        q, memory = read_next(snapshot, context, self.rules, self.gate.reading, out=buffers[r])
-        row_V = logits_V.numpy()
-        at, most, lse, entropy = onepass.survey(row_V)
-        top = int(memory.top[0])
-        of_top = row_V[top] - lse if top >= 0 else -np.inf
-        survey = np.array([[0.0, of_top, entropy, most - lse, at, lse]])
-        lam = 0.0
-        repeats = self.most_verbatim is not None and min(memory.depth[0], generated) >= self.most_verbatim
-        if memory.count[0] and np.isfinite(lse) and not repeats:
-            seen = features(evidence(memory, survey, generated=generated), tokens=snapshot.n_tokens)
-            lam = float(self.gate.lambdas(seen)[0])
+        found = look_up(snapshot, self.gate, self.rules, context, row_V, generated=generated, out=buffers[r])
+        q, memory, lam, lse = found
+        if self.most_verbatim is not None and min(memory.depth[0], generated) >= self.most_verbatim:
+            lam = 0.0
         mixture = mix(row_V, q, lam=lam, out=out_V, space=self.gate.space, lse=lse)
         if self._record == "steps":
             spent = (time.perf_counter() - start) * 1e6
@@ -182,6 +184,30 @@ class MemoryProcessor:
             row = before.get(_key(context[:-1])) if len(context) else None
             if row is not None:
                 self._steps[_key(context)] = _step(row, int(context[-1]), position=len(context) - 1)
+
+
+def look_up(
+    snapshot: Snapshot,
+    gate: Lambda,
+    rules: TokenRules,
+    context: np.ndarray,
+    row_V: np.ndarray,
+    *,
+    generated: int,
+    out: np.ndarray,
+) -> LookUp:
+    """What memory says after one context, int [T], whose last `generated` tokens are not of the prompt; row_V: the model's
+    logits there, float32; out: float32 [index's vocabulary + 1], which q_M stays inside."""
+    q, memory = read_next(snapshot, context, rules, gate.reading, out=out)
+    at, most, lse, entropy = onepass.survey(row_V)
+    top = int(memory.top[0])
+    of_top = row_V[top] - lse if top >= 0 else -np.inf
+    survey = np.array([[0.0, of_top, entropy, most - lse, at, lse]])
+    lam = 0.0
+    if memory.count[0] and np.isfinite(lse):
+        seen = features(evidence(memory, survey, generated=generated), tokens=snapshot.n_tokens)
+        lam = float(gate.lambdas(seen)[0])
+    return LookUp(q, memory, lam, lse)
 
 
 def _step(row: _Row, token: int, *, position: int) -> MemoryStep:

@@ -10,8 +10,9 @@ costs one more forward than generation alone would.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -29,13 +30,15 @@ if TYPE_CHECKING:
 class Token(NamedTuple):
     """One token as it was read. strength: in the view's quantity; 0 with memory off.
 
-    With an index, strength is the part of the token's probability that the index gave, and step says how.
+    With an index, strength is the part of the token's probability that the index gave, and step says how. share: what the
+    tables added against the hidden state, with an index too.
     """
 
     id: int
     strength: float
     is_prompt: bool
     step: MemoryStep | None = None
+    share: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,19 +117,24 @@ def speak(
             f"{len(ids)} tokens of prompt and {max_new_tokens} new ones exceed the model's {longest}."
         )
     device = next(model.parameters()).device
+    last_alone = last_logits_alone(model)
     random = torch.Generator().manual_seed(seed)
     chunk, cache, left = list(ids), None, max_new_tokens
     steps: list[MemoryStep | None] = [None] * len(chunk)
     said = list(ids)
     while True:
         with torch.no_grad(), _traced(model) as records, _memory(model, memory):
-            output = model(torch.tensor([chunk], device=device), past_key_values=cache, use_cache=True)
+            output = model(
+                torch.tensor([chunk], device=device), past_key_values=cache, use_cache=True, **last_alone
+            )
         cache = output.past_key_values
-        strengths = view.strengths(records) if records else np.zeros(len(chunk))
+        shares = replace(view, quantity="share").strengths(records) if records else np.zeros(len(chunk))
         if processor is not None:
             strengths = [(step.responsibility or 0.0) if step else 0.0 for step in steps]
-        for token, strength, step in zip(chunk, strengths, steps, strict=True):
-            yield Token(token, float(strength), left == max_new_tokens, step)
+        else:
+            strengths = shares if view.quantity == "share" or not records else view.strengths(records)
+        for token, strength, step, share in zip(chunk, strengths, steps, shares, strict=True):
+            yield Token(token, float(strength), left == max_new_tokens, step, float(share))
         if left == 0:
             return
         logits_V = output.logits[0, -1].float().cpu()
@@ -138,6 +146,11 @@ def speak(
         steps = [None if processor is None else processor.step_of(following)]
         said.append(following)
         chunk, left = [following], left - 1
+
+
+def last_logits_alone(model: Any) -> dict[str, int]:
+    """The keyword that spares a prompt the logits of all tokens but the last, where a model has it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _choose(logits_V: torch.Tensor, temperature: float, random: torch.Generator) -> int:

@@ -1,0 +1,58 @@
+"""What `engram-lm serve` shows without a model's name: the clone's trained memory on SmolLM2, and an index of an invented
+company's handbook, made anew at every start in a temporary directory and removed at the end.
+
+    demo = Demo.find()                               # CheckpointError outside a clone
+    demo.make_index(directory, tokenizer=tokenizer)
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import engram_lm
+from engram_lm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Demo:
+    """memory: what `save_memory` wrote. documents: texts, with quiz.json and examples.json beside them."""
+
+    memory: Path
+    documents: Path
+
+    @classmethod
+    def find(cls) -> "Demo":
+        """The demo of the clone that this package runs from."""
+        root = Path(engram_lm.__file__).resolve().parents[2] / "demo"
+        found = cls(root / "memory", root / "documents")
+        if not (found.memory / "memory.json").exists() or not found.quiz.exists():
+            raise CheckpointError(
+                f"{root} holds no demo; it comes with the clone. Name a model: engram-lm serve smollm2 --index DIR."
+            )
+        return found
+
+    @property
+    def quiz(self) -> Path:
+        return self.documents / "quiz.json"
+
+    @property
+    def examples(self) -> Path:
+        return self.documents / "examples.json"
+
+    def make_index(self, directory: Path, *, tokenizer: Any) -> tuple[int, int]:
+        """Index the documents, each with its first line as its title; (documents, tokens)."""
+        from engram_lm.library import Library, Text
+
+        paths = sorted(self.documents.glob("*.md"))
+        texts = [path.read_text(encoding="utf8") for path in paths]
+        with Library.create(directory, tokenizer=tokenizer, merging="by hand") as library:
+            added = library.add(
+                Text(id=path.name, text=text, source="handbook", extra={"title": title_of(text)})
+                for path, text in zip(paths, texts, strict=True)
+            )
+        return added.documents, added.tokens
+
+
+def title_of(text: str) -> str:
+    """The first line, without what marks it as a heading."""
+    return text.lstrip().partition("\n")[0].lstrip("# ").strip()

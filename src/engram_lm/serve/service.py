@@ -1,0 +1,138 @@
+"""What the endpoints share: the model once it is loaded, the index, the engine, and threads that read and change the index.
+
+service = Service(prepare, limits=Limits())      # prepare(service) sets loaded, shelf, mixed, quiz, examples
+service.require_ready()                          # Refusal 503 while it loads
+await service.reading(shelf.search, "words", limit=5)
+service.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from engram_lm.serve.engine import Engine
+from engram_lm.serve.limits import Limits
+from engram_lm.serve.quiz import Quiz
+from engram_lm.serve.refusals import LOG, Refusal
+
+if TYPE_CHECKING:
+    from engram_lm.serve.loaded import Loaded
+    from engram_lm.serve.mixed import Mixed
+    from engram_lm.serve.shelf import Shelf
+
+_READERS = 2
+
+
+class Service:
+    """prepare: loads everything, on the engine's thread. failed: told where it raises. begun: perf_counter of the command."""
+
+    def __init__(
+        self,
+        prepare: Callable[[Service], None],
+        *,
+        limits: Limits | None = None,
+        failed: Callable[[BaseException], None] | None = None,
+        begun: float | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.loaded: Loaded | None = None
+        self.shelf: Shelf | None = None
+        self.mixed: Mixed | None = None
+        self.quiz = Quiz([])
+        self.examples: dict[str, list[Any]] = {"look": [], "think": [], "ask": []}
+        self.started_ms = 0.0
+        self._begun = time.perf_counter() if begun is None else begun
+        self._ready = False
+        self._pending = 0
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="engram reader")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="engram writer")
+        self.engine = Engine(
+            waiting=self.limits.waiting, prepare=functools.partial(self._prepare, prepare), failed=failed
+        )
+
+    def _prepare(self, prepare: Callable[[Service], None]) -> None:
+        prepare(self)
+        self._watch_blocks()
+        self.started_ms = (time.perf_counter() - self._begun) * 1000
+        self._ready = True
+
+    def _watch_blocks(self) -> None:
+        """Let a long forward end between two blocks where nobody waits for it any more."""
+        from engram_lm.attachment.structure import find_decoder
+
+        for block in find_decoder(self.loaded.model).blocks:
+            block.register_forward_pre_hook(self.engine.check_running)
+
+    @property
+    def status(self) -> str:
+        return "ready" if self._ready else "loading"
+
+    def require_ready(self) -> Loaded:
+        """The model. Refusal 503 while it loads."""
+        if not self._ready:
+            raise Refusal(503, "The model is still being loaded; try again in a few seconds.")
+        return self.loaded
+
+    def require_shelf(self) -> Shelf:
+        """The index. Refusal 404 without one."""
+        self.require_ready()
+        if self.shelf is None:
+            raise Refusal(404, "This server has no index; start it with --index DIR.")
+        return self.shelf
+
+    async def reading(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a question to the index beside the model's thread."""
+        return await self._in(self._readers, functools.partial(call, *args, **kwargs))
+
+    async def changing(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a change of the index, one after the other; small segments are merged when the answer is out."""
+        found = await self._in(self._writer, functools.partial(call, *args, **kwargs))
+        self._writer.submit(self._tidy)
+        return found
+
+    async def _in(self, pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
+        if self._pending >= self.limits.waiting:
+            raise Refusal(
+                429, f"{self._pending} requests are waiting for the index already; try again in a moment."
+            )
+        self._pending += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, call)
+        finally:
+            self._pending -= 1
+
+    def _tidy(self) -> None:
+        try:
+            self.shelf.tidy()
+        except Exception as error:  # the next change tries again
+            LOG.warning("small segments of the index were not merged: %s", error)
+
+    def facts(self) -> dict[str, Any]:
+        """For GET /api/about."""
+        from engram_lm import __version__
+
+        loaded = self.require_ready()
+        return {
+            **loaded.facts(),
+            "index": None if self.shelf is None else self.shelf.facts(),
+            "gate": None if self.mixed is None else {"name": self.mixed.gate_name},
+            "limits": {
+                name: getattr(self.limits, name) for name in ("body_bytes", "text_tokens", "new_tokens", "waiting")
+            },
+            "version": __version__,
+            "examples": self.examples,
+            "started_ms": self.started_ms,
+        }  # fmt: skip
+
+    def close(self) -> None:
+        """End what runs and what waits; wait for changes of the index."""
+        self.engine.close()
+        self._readers.shutdown(cancel_futures=True)
+        self._writer.shutdown()
+        if self.shelf is not None:
+            self.shelf.close()

@@ -1,0 +1,139 @@
+"""A text token by token: what the tables read and let in, what the index knew, and what each took off the loss.
+
+Two forwards: tables off, tables on. Of token t: `tables` is what the model read at t (n-grams that end there) and let into
+the residual stream, which helps to predict t + 1; `index` and the losses are about t itself, given what came before it.
+
+    trace_text(loaded, memory, "Alexander the Great", check=lambda: None)       # POST /api/trace
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from engram_lm.serve.loaded import Loaded
+    from engram_lm.serve.mixed import Mixed
+    from engram_lm.traces import LayerTrace
+
+SEEN_ORDERS = (1, 2, 3)
+
+
+def trace_text(
+    loaded: Loaded, mixed: Mixed | None, text: str, *, check: Callable[[], None]
+) -> dict[str, Any]:
+    """The answer to POST /api/trace. mixed: of the index, None without one; check: raises where nobody waits any more."""
+    import torch
+
+    from engram_lm.attachment import trace
+
+    begun = time.perf_counter()
+    ids = loaded.text_ids(text)
+    ids_T = np.array(ids, np.int64)
+    ids_1T = torch.tensor([ids], device=loaded.device)
+    check()
+    with torch.inference_mode(), loaded.tables(False):
+        logits_TV = _logits(loaded.model(ids_1T, use_cache=False))
+    off = _losses(ids_T, logits_TV)
+    check()
+    records: list[LayerTrace] = []
+    if loaded.has_tables:
+        with torch.inference_mode(), trace(loaded.model) as records:
+            logits_TV = _logits(loaded.model(ids_1T, use_cache=False))
+    with_tables = _losses(ids_T, logits_TV) if loaded.has_tables else None
+    check()
+    known = None if mixed is None else mixed.of_text(ids_T, logits_TV)
+    orders = sorted({*SEEN_ORDERS, *(order for record in records for order in record.orders)})
+    seen = [None] * len(ids) if mixed is None else mixed.seen(ids_T, orders)
+    pieces, parts = _pieces(loaded, ids), _parts(loaded, records)
+    tokens = []
+    for t, token in enumerate(ids):
+        loss_tables = None if with_tables is None else _number(with_tables[t])
+        entry = None if known is None else known[t]
+        loss = loss_tables if with_tables is not None else _number(off[t])
+        if entry is not None:
+            loss = _number(-entry.pop("log_p"))
+        tokens.append(
+            {
+                "id": token,
+                "text": pieces[t],
+                "loss_off": _number(off[t]),
+                "loss_tables": loss_tables,
+                "loss": loss,
+                "tables": [part[t] for part in parts] if records else None,
+                "index": entry,
+                "seen": [
+                    {"order": order, "count": None if seen[t] is None else seen[t][order]} for order in orders
+                ],
+            }
+        )
+    return {"ms": (time.perf_counter() - begun) * 1000, "tokens": tokens}
+
+
+def _logits(output: Any) -> np.ndarray:
+    return np.ascontiguousarray(output.logits[0].float().cpu().numpy())
+
+
+def _losses(ids_T: np.ndarray, logits_TV: np.ndarray) -> np.ndarray:
+    """Nats of each token given those before it, NaN for the first: float64 [T]."""
+    from engram_lm.mixing import onepass
+
+    n = len(ids_T) - 1
+    survey_T6 = np.empty((n, 6))
+    onepass.survey_rows(logits_TV[:n], ids_T[1:], np.full(n, -1, np.int64), survey_T6)
+    return np.concatenate([[np.nan], -survey_T6[:, 0]])
+
+
+def _pieces(loaded: Loaded, ids: list[int]) -> list[str]:
+    """What each token adds to the text; "" for a part of a character, which comes with its last token."""
+    from engram_lm.show.decoding import PieceDecoder
+
+    decoder = PieceDecoder(loaded.tokenizer)
+    pieces = [decoder.add(token) for token in ids]
+    pieces[-1] += decoder.end()
+    return pieces
+
+
+def _parts(loaded: Loaded, records: list[LayerTrace]) -> list[list[dict[str, Any]]]:
+    """For every memory layer one entry a token."""
+    from functools import cache
+
+    decode = cache(lambda ids: loaded.decode(list(ids)))
+    found = []
+    for record in records:
+        ids, heads = record.token_ids[0].tolist(), record.heads
+        norm_TO = np.linalg.norm(record.row_norm[0].reshape(len(ids), len(record.orders), heads), axis=-1)
+        address_TOH = record.address[0].reshape(len(ids), len(record.orders), heads)
+        layer = []
+        for t in range(len(ids)):
+            ngrams = []
+            for o, order in enumerate(record.orders):
+                n = int(record.ngrams[0, t, o])
+                ngrams.append(
+                    {
+                        "order": order,
+                        "text": decode(tuple(ids[t + 1 - n : t + 1])),
+                        "addresses": address_TOH[t, o].tolist(),
+                        "norm": _number(norm_TO[t, o]),
+                    }
+                )
+            layer.append(
+                {
+                    "memory": record.memory,
+                    "layer": record.block,
+                    "gates": [_number(gate) for gate in record.gate[0, t]],
+                    "added": _number(record.share[0, t].max()),
+                    "ngrams": ngrams,
+                }
+            )
+        found.append(layer)
+    return found
+
+
+def _number(value: Any) -> float | None:
+    """For JSON: six digits, None for what is no number."""
+    value = float(value)
+    return float(f"{value:.6g}") if np.isfinite(value) else None
