@@ -1,0 +1,114 @@
+// Everything known of one token: what the exact index said when it was predicted, what the learned tables did when it was
+// read, and the passages of the documents that the match stands in.
+
+import { el, number, percent, quoted, table, tune, whole, wide } from "./elements.js";
+import { signed } from "./measures.js";
+import { post } from "./server.js";
+import { word } from "./words.js";
+
+/** Fills `card` for token `place` of a trace's tokens; sources(box) is called where passages may be shown. */
+export function fill(card, tokens, place, { close, sources }) {
+  const token = tokens[place];
+  const title = el("h3", { id: "look-card-title", tabindex: "-1" }, quoted(token.text), " ",
+    el("small", {}, word("card.place", { place: place + 1, id: token.id })));
+  card.replaceChildren(
+    el("button", { type: "button", class: "quiet close", "aria-label": word("card.close"), onclick: close }, "✕"),
+    title,
+    ...predicted(token),
+    ...read(token),
+  );
+  const box = el("div");
+  card.append(box);
+  sources(box);
+  return title;
+}
+
+function pairs(...rows) {
+  return el("dl", { class: "pairs" }, rows.filter(Boolean).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
+}
+
+function predicted(token) {
+  const out = [el("h4", {}, word("card.index"))];
+  const memory = token.index;
+  if (token.loss_off === null || token.loss_off === undefined) return [...out, el("p", { class: "note" }, word("card.first"))];
+  if (!memory) out.push(el("p", { class: "note" }, word("card.no.index")));
+  else {
+    const match = memory.depth
+      ? word("card.match.told", { depth: memory.depth, count: whole(memory.count), documents: whole(memory.documents), distinct: whole(memory.distinct) })
+      : word("card.match.none");
+    out.push(el("p", {}, match));
+    out.push(pairs(
+      ["r", el("span", {}, number(memory.r), " ", tune(el("i", { class: "bar memory", "aria-hidden": "true" }), "--p", memory.r ?? 0))],
+      ["λ", number(memory.lambda)],
+      [word("p.model"), percent(memory.p_model)],
+      [word("p.memory"), percent(memory.p_memory)],
+      [word("p.mix"), percent(memory.p)],
+    ));
+  }
+  out.push(pairs(
+    [word("card.loss.off"), word("nats", { value: number(token.loss_off) })],
+    typeof token.loss_tables === "number" ? [word("card.loss.tables"), losses(token.loss_off, token.loss_tables)] : null,
+    memory ? [word(token.tables ? "card.loss.both" : "card.loss.index"), losses(token.loss_off, token.loss)] : null,
+  ));
+  return out;
+}
+
+function losses(before, after) {
+  return `${word("nats", { value: number(after) })} (${word("saved", { value: signed(before - after) })})`;
+}
+
+function read(token) {
+  const out = [el("h4", {}, word("card.tables"))];
+  const seen = (token.seen ?? []).filter((one) => one.count !== null);
+  if (!token.tables?.length) out.push(el("p", { class: "note" }, word("card.no.tables")));
+  for (const layer of token.tables ?? []) {
+    const counts = new Map((token.seen ?? []).map((one) => [one.order, one.count]));
+    out.push(el("div", { class: "layer" },
+      el("h5", {}, word("card.layer", { layer: layer.layer })),
+      el("ul", { class: "gates" }, layer.gates.map((gate, branch) => el("li", {},
+        layer.gates.length > 1 ? word("card.branch", { branch: branch + 1 }) : word("card.gate"), " ", el("b", {}, number(gate)), " ",
+        tune(el("i", { class: "bar memory", "aria-hidden": "true" }), "--p", gate ?? 0)))),
+      el("p", { class: "note" }, word("card.added", { value: number(layer.added) })),
+      wide(word("card.ngrams", { layer: layer.layer }), table(word("card.ngrams", { layer: layer.layer }), [word("card.ngram"), word("card.seen"), word("card.norm")],
+        layer.ngrams.map((gram) => [quoted(gram.text), whole(counts.get(gram.order) ?? null), number(gram.norm)]), { unseenCaption: true })),
+      el("details", {}, el("summary", {}, word("card.addresses")),
+        el("ul", { class: "addresses" }, layer.ngrams.map((gram) => el("li", {}, quoted(gram.text), " ", gram.addresses.join(" "))))),
+    ));
+  }
+  if (!token.tables?.length && seen.length) {
+    out.push(pairs(...seen.map((one) => [word("card.order", { order: one.order }), word("card.times", { count: whole(one.count) })])));
+  }
+  return out;
+}
+
+const found = new Map();
+
+/** Passages with the words that matched before token `place`, put into `box`; asked for once a text. */
+export async function passages(box, tokens, place, signal) {
+  const token = tokens[place];
+  const depth = token.index?.depth ?? 0;
+  if (!depth) return;
+  const context = tokens.slice(Math.max(0, place - depth), place).map((one) => one.text).join("");
+  const text = token.index.p_memory > 0 ? context + token.text : context;
+  if (!text.trim() || text.includes("\ufffd")) return;
+  box.replaceChildren(el("h4", {}, word("card.sources")), el("p", { class: "note" }, word("card.looking")));
+  try {
+    if (!found.has(text)) found.set(text, await post("/api/index/search", { text, limit: 3 }, { signal }));
+    box.replaceChildren(el("h4", {}, word("card.sources")), hits(found.get(text).hits));
+  } catch (error) {
+    if (error.name !== "AbortError") box.replaceChildren(el("h4", {}, word("card.sources")), el("p", { class: "note" }, error.message));
+  }
+}
+
+/** After documents came or went, passages are asked for again. */
+export const forget = () => found.clear();
+
+/** A list of passages: [{ document, count, passage }], the passage a text or { before, match, after }. */
+export function hits(list) {
+  if (!list?.length) return el("p", { class: "note" }, word("card.sources.none"));
+  return el("ul", { class: "hits" }, list.map((hit) => el("li", {},
+    el("p", { class: "source" }, el("b", {}, el("bdi", {}, hit.document)), " ", word("card.times", { count: whole(hit.count) })),
+    hit.passage ? el("blockquote", { dir: "auto" }, ...passage(hit.passage)) : null)));
+}
+
+const passage = (text) => (typeof text === "string" ? [text] : [text.before, el("mark", {}, text.match), text.after]);
