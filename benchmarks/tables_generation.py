@@ -6,11 +6,14 @@ A decode step of two random Llamas with one memory layer of 24 columns of 256 nu
 by the block that the memory enters before and by batch. Arms take turns step by step; a second table in memory shows the
 noise, and a disk that is asked only when the layer needs its rows what prefetching gains.
 
+How long the disk takes for a step's rows while no model runs, before and after, stands beside each row.
 Wall time, medians of differences between steps side by side with bootstrap 95 % intervals. The last line is JSON.
 """
 
+import contextlib
 import itertools
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -27,6 +30,7 @@ from engram_lm.tables import DiskStore, HostStore, StoredTable, Writer, open_pac
 
 SEED = 0
 ADDED_TO_GENERATION = 0.01
+SETTLE_S = 5  # a shared disk that has just taken 400 MB answers slowly for a while
 CODEC, WIDTH = "fp8_e4m3_e8m0", 256
 
 # hidden, blocks, blocks that the memory enters before, steps at batch 1
@@ -46,11 +50,15 @@ def generation(directory, *, models=MODELS, batches=(1, 8, 64), rows_per_head=60
             path = Path(directory) / f"generation-{hidden}-{block}.engram"
             write_random_rows(path, slot.table.n_rows)
             arms = generation_arms(path)
+            os.sync()
+            time.sleep(SETTLE_S)
             for batch in batches:
+                alone = alone_ms(path, slot.table.n_rows, batch)
                 n = max(12, steps // (1 + batch // 4))
                 (ids,) = draw_ids("zipf", batch=batch, tokens=8 + len(arms) * n, count=1)
                 row = {"model": f"{hidden} x {n_blocks}", "block": block, "batch": batch}
                 row |= shares(decode_seconds(model, block, arms, ids, n), arms)
+                row["disk_alone_ms"] = [alone, alone_ms(path, slot.table.n_rows, batch)]
                 found.append(row)
                 print(told(row), flush=True)
             for table in arms.values():
@@ -83,6 +91,19 @@ def generation_arms(path):
     return arms
 
 
+def alone_ms(path, n_rows, batch, *, times=60):
+    """Median milliseconds that the disk takes for a step's rows while nothing else runs: what prefetching has to hide."""
+    rng = np.random.default_rng()
+    with contextlib.closing(DiskStore(open_packed(path))) as store:
+        seconds = []
+        for _ in range(times):
+            rows = rng.integers(0, n_rows, 24 * batch)
+            start = time.perf_counter()
+            store.gather(rows)
+            seconds.append(time.perf_counter() - start)
+    return 1e3 * float(np.median(seconds))
+
+
 def shares(seconds, arms):
     """Step times of every arm, and what each adds to the arm in memory, pair by pair."""
     base = np.array(seconds["memory"])
@@ -102,7 +123,8 @@ def told(row):
     return (
         f"  generation, {row['model']}, before block {row['block']}, batch {row['batch']:2}: "
         f"{1e3 * row['memory']['median_s']:.1f} ms; from disk {share('disk')} ({low:+.1f} to {high:+.1f}), without prefetch "
-        f"{share('disk, no prefetch')}, memory again {share('memory again')}; waited {row['waited_ms_a_step']:.2f} ms"
+        f"{share('disk, no prefetch')}, memory again {share('memory again')}; waited {row['waited_ms_a_step']:.2f} ms; "
+        "disk alone " + " and ".join(f"{ms:.1f}" for ms in row["disk_alone_ms"]) + " ms"
     )
 
 
