@@ -33,7 +33,7 @@ class Memory:
             for i, document in enumerate(documents):
                 if i not in dead:
                     self.live.append(list(document))
-                    self.sources.append((s, facts[i].source or facts[i].id))
+                    self.sources.append(facts[i].source or (s, i))
             number += len(documents)
         self.end = vocab_size
         self.snapshot = Snapshot(views, vocab_size=vocab_size)
@@ -110,7 +110,10 @@ def test_distributions_are_the_plain_chain(made, context, way, orders, discount)
         assert found.depth == plain.depth(live, query, end=end, most=64)
         assert found.count_D.tolist() == [sum(c.values()) for c in counted]
         assert found.distinct_D.tolist() == [len(c) for c in counted]
-        assert found.documents == min(len(plain.holders(live, grams[-1], end=end)), 16)
+        holders = plain.holders(live, grams[-1], end=end)
+        if count == "sources" and found.depth:
+            holders = {memory.sources[number] for number in holders}
+        assert found.documents == min(len(holders), 16)
         last = plain.continuations(live, grams[-1], end=end, **options)
         if not last:
             assert found.top == (-1, 0.0)
@@ -334,7 +337,7 @@ def test_what_cannot_be_is_refused():
         snapshot.distribution([1], discount=1)
     with pytest.raises(ConfigError, match='orders is "all" or "longest"'):
         snapshot.score([1], orders="some")
-    with pytest.raises(ConfigError, match='count is "tokens", "documents" or "sources"'):
+    with pytest.raises(ConfigError, match='count is "tokens", "documents" or "sources", or "sources:"'):
         snapshot.score([1], count="words")
     with pytest.raises(ConfigError, match="A cap is for"):
         snapshot.score([1], cap=2)

@@ -229,7 +229,7 @@ class Segment:
         node_H2 = wide_intervals(tokens_N, order_N, end=vocab_size, wide=wide, most_order=MAX_ORDER)
         heavy, nodes = nodes_of(node_H2, next_N, end=vocab_size, heavy=heavy)
         arrays = {
-            "tokens": tokens_N, "order": order_N, "next": next_N, **_occurring(first_V), **nodes, **facts,
+            "tokens": tokens_N, "order": order_N, "next": next_N, **occurring(first_V), **nodes, **facts,
             "tokenizer": np.frombuffer(tokenizer.encode(), np.uint8),
         }  # fmt: skip
         return cls(arrays, vocab_size=vocab_size, heavy=heavy, wide=wide)
@@ -308,7 +308,7 @@ def write_segment(
         del tokens_N, order_N
         heavy, nodes = nodes_of(node_H2, file.section("next"), end=vocab_size, heavy=heavy)
         text = np.frombuffer(tokenizer.encode(), np.uint8)
-        for name, array in {**_occurring(first_V), **nodes, **facts, "tokenizer": text}.items():
+        for name, array in {**occurring(first_V), **nodes, **facts, "tokenizer": text}.items():
             file.put(name, array)
         file.finish(heavy=heavy, sync=sync)
     return Segment.open(path, verify="none")
@@ -384,7 +384,7 @@ def _gather(
     }
 
 
-def _occurring(first_V: np.ndarray) -> dict[str, np.ndarray]:
+def occurring(first_V: np.ndarray) -> dict[str, np.ndarray]:
     """The last tokens that occur and where each begins."""
     token_F = np.flatnonzero(first_V[1:] > first_V[:-1])
     return {"first_token": token_F, "first_at": first_V[token_F]}

@@ -17,8 +17,8 @@ import numpy as np
 
 from engram_lm.errors import ConfigError, TokenIdError
 from engram_lm.index.segment import MAX_ORDER, Document, Segment
-from engram_lm.index.views import Count, View, dead_ranks
-from engram_lm.kernels import chain, walks
+from engram_lm.index.views import Count, View, dead_ranks, is_by_source, shared_sources
+from engram_lm.kernels import chain, counting, walks
 
 __all__ = ["Count", "Found", "LiveMatch", "Orders", "Scores", "Snapshot", "View", "dead_ranks"]
 
@@ -28,6 +28,7 @@ MOST_ORDER = 2**16 - 1
 Orders = Literal["all", "longest"]
 
 _MOST_PAIRS = 2**21
+_JOINT_TOKENS = 2**20  # of lists of several segments, remembered by a thread: 8 MB
 _MOST_SPACES, _MOST_WORKS, _MOST_DISCOUNTS = 16, 4, 4
 _serials = itertools.count(1)
 
@@ -55,7 +56,8 @@ class Found:
 
     p: float32 [V + 1], END last; sums to 1, or is all 0 where the index is empty. depth: tokens of the longest match.
     count_D, distinct_D: int64 [depth + 1], how often the last 0 .. depth tokens occur and how many different tokens
-    follow. For the longest match: documents, how many hold it (counted up to 16); top, the token that follows most often
+    follow. For the longest match: documents (sources, where these are counted), how many hold it, counted up to 16; top, the
+    token that follows most often
     (of equal ones the smallest; -1 without any) and its p; entropy, of what follows, in nats.
     """
 
@@ -191,10 +193,12 @@ class Snapshot:
         orders: Orders = "all",
         count: Count = "tokens",
         cap: int | None = None,
+        following: Sequence[int] | np.ndarray | None = None,
     ) -> Scores:
         """P of ids[t] given ids[:t] for every t, and what the match before it was like. END may be among the ids.
 
-        An id outside the vocabulary has no probability (0) and matches nothing.
+        An id outside the vocabulary has no probability (0) and matches nothing. following: what came, where it is not the ids
+        themselves (`compressed`); with count="tokens" it is.
         """
         table = self._asked(max_order, discount, orders, count, cap)
         id_T = _ids(ids).copy()
@@ -204,10 +208,10 @@ class Snapshot:
         integer_7T, number_3T = np.zeros((7, len(id_T)), np.int64), np.zeros((3, len(id_T)), np.float32)
         zero = self._zero
         chain.score(
-            table.rows, id_T, max_order, self.end, discount, orders == "longest", table.serial, low_3SD, high_3SD,
-            np.zeros((3, max_order + 2), np.int64), np.zeros((len(self.views), 2), np.int64), *work.counts[:2],
-            *work.pairs_of(table), work.memo_M7, work.memo_M, zero.integers, zero.numbers, zero.count_V, integer_7T,
-            number_3T,
+            table.rows, id_T, id_T if following is None else _ids(following), max_order, self.end, discount,
+            orders == "longest", table.serial, low_3SD, high_3SD, np.zeros((3, max_order + 2), np.int64),
+            np.zeros((len(self.views), 2), np.int64), *work.counts[:2], *work.pairs_of(table), work.memo_M7, work.memo_M,
+            zero.integers, zero.numbers, zero.count_V, integer_7T, number_3T,
         )  # fmt: skip
         depth, n, distinct, n_below, distinct_below, documents, top_token = integer_7T
         return Scores(
@@ -248,6 +252,10 @@ class Snapshot:
         views = [*self.views[:s], self.views[s].without(number), *self.views[s + 1 :]]
         return Snapshot(views, vocab_size=self.vocab_size)
 
+    def beside(self, view: View) -> "Snapshot":
+        """The same segments and one more."""
+        return Snapshot([*self.views, view], vocab_size=self.vocab_size)
+
     def _place(self, document_id: str) -> tuple[int, int]:
         for s, view in enumerate(self.views):
             number = view.number_of(document_id)
@@ -284,13 +292,22 @@ class Snapshot:
     def _table(self, count: Count, cap: int | None) -> "_Table":
         key = (count, 1 if cap is None else cap)
         if key not in self._tables:
-            if count not in ("tokens", "documents", "sources"):
-                raise ConfigError(f'count is "tokens", "documents" or "sources"; got {count!r}.')
+            if not isinstance(count, str) or not (
+                count in ("tokens", "documents", "sources") or count.startswith("sources:")
+            ):
+                raise ConfigError(
+                    f'count is "tokens", "documents" or "sources", or "sources:" and a name in extra; got {count!r}.'
+                )
             if count == "tokens" and cap is not None:
                 raise ConfigError('A cap is for count="documents" or "sources"; all tokens are counted.')
             if not 1 <= key[1] < 2**31:
                 raise ConfigError(f"A cap is 1 or more; got {cap}.")
             rows = np.array([view.row(*key) for view in self.views], np.int64).reshape(-1, walks.ROW)
+            shared = shared_sources(self.views, count) if is_by_source(count) else None
+            serial, kept = next(_serials), [] if shared is None else shared[0]
+            if shared is not None:
+                rows[:, walks.SHARED] = [number_D.__array_interface__["data"][0] for number_D in kept]
+                rows[:, walks.N_SOURCES], rows[:, walks.SERIAL] = shared[1], serial
             n_pairs = 0
             if count != "tokens":
                 read = sum(min(len(view.segment), view.segment.wide) for view in self.views)
@@ -300,7 +317,7 @@ class Snapshot:
                         f"{len(rows)} segments that are read up to {read:,} tokens at once are too many to count documents: "
                         "merge them, or write them with a smaller wide."
                     )
-            self._tables.setdefault(key, _Table(rows, next(_serials), n_pairs))
+            self._tables.setdefault(key, _Table(rows, serial, n_pairs, kept))
         return self._tables[key]
 
     @cached_property
@@ -331,11 +348,13 @@ class Snapshot:
 
 
 class _Table(NamedTuple):
-    """rows: int64 [S, ROW]. serial: of what is remembered about it. n_pairs: room for documents and tokens."""
+    """rows: int64 [S, ROW]. serial: of what is remembered about it. n_pairs: room for documents and tokens. kept: arrays that
+    rows point to; without any, no source reaches over two segments."""
 
     rows: np.ndarray
     serial: int
     n_pairs: int
+    kept: list[np.ndarray]
 
 
 class _Zero(NamedTuple):
@@ -367,7 +386,8 @@ class _Work:
         self.count_V, self.touched_V = np.zeros((2, vocab_size + 1), np.int64)
         self.part_V = np.zeros(vocab_size + 1)
         self.token_V, self.out_V = np.empty((2, vocab_size + 1), np.int64)
-        self.pairs_P4, self.state = np.zeros((2, 4), np.int64), np.zeros(2, np.int64)
+        self.pairs_P4, self.state = np.zeros((2, 4), np.int64), np.zeros(counting.STATE, np.int64)
+        self._joint: tuple[np.ndarray, ...] = ()
         self.memo_M7, self.memo_M = np.zeros((chain.MEMO, 7), np.int64), np.zeros(chain.MEMO)
         self.fact_I, self.fact_F = np.zeros(2, np.int64), np.zeros(1)
         self.counts = (self.count_V, self.touched_V, self.pairs_P4, self.state)
@@ -390,6 +410,14 @@ class _Work:
     def pairs_of(self, table: _Table) -> tuple[np.ndarray, np.ndarray]:
         if len(self.pairs_P4) < table.n_pairs:
             self.pairs_P4 = np.zeros((table.n_pairs, 4), np.int64)
+        if table.kept and not self._joint:
+            room = max(_JOINT_TOKENS, 2 * len(self.count_V))
+            slots = np.full(counting.JOINT_SLOTS * counting.SLOT, 2**32 - 1, np.uint32)
+            self._joint = (*np.zeros((2, room), np.uint32), slots)
+            self.state[counting.JOINT_TOKEN : counting.JOINT_ROOM] = [
+                array.__array_interface__["data"][0] for array in self._joint
+            ]
+            self.state[counting.JOINT_ROOM] = room
         return self.pairs_P4, self.state
 
 

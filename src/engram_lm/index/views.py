@@ -8,9 +8,8 @@ What is worked out about a segment lives as long as the segment; what depends on
 
 import json
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 
@@ -19,7 +18,8 @@ from engram_lm.index.segment import MAX_ORDER, Segment
 from engram_lm.kernels import walks
 from engram_lm.kernels.counting import BLOCK_TOKENS
 
-Count = Literal["tokens", "documents", "sources"]
+# "tokens", "documents", "sources", or "sources:" and a name in `Document.extra` that says whose a document is
+Count = str
 
 _LARGE = 2**16  # tokens of a segment from which its counts of single tokens are kept
 _FEW = 8  # runs of documents that are looked for one by one
@@ -97,10 +97,39 @@ class View:
             if len(kept) > 2:
                 row[walks.ADJUSTED], row[walks.READY] = _address(kept[-1]), _address(kept[1])
             row[walks.CAP] = key[1]
-            if count == "sources":
-                row[walks.GROUP] = _address(facts.groups)
+            if is_by_source(count):
+                row[walks.GROUP] = _address(facts.groups(count))
             self._rows.setdefault(key, (row, kept))
         return self._rows[key][0]
+
+    def sources(self, count: Count) -> tuple[list[str], np.ndarray]:
+        """Names of the sources, and for each document the place of its own, int64 [D]; -1 where it stands for itself."""
+        return self._facts.sources(count)
+
+
+def is_by_source(count: Count) -> bool:
+    """Whether documents of one source are counted together."""
+    return count.partition(":")[0] == "sources"
+
+
+def shared_sources(views: Sequence[View], count: Count) -> tuple[list[np.ndarray], int] | None:
+    """Each document's number among all sources of these views, uint32 [D] a view, and how many there are; None where no
+    source has documents in two of them, so that each view can count alone."""
+    number: dict[str, int] = {}
+    shared, total, found = False, 0, []
+    for view in views:
+        names, source_D = view.sources(count)
+        shared |= any(name in number for name in names)
+        for name in names:
+            if name not in number:
+                number[name] = total
+                total += 1
+        number_D = np.append([number[name] for name in names], 0).astype(np.int64)[source_D]
+        alone_D = source_D < 0
+        number_D[alone_D] = total + np.arange(alone_D.sum())
+        total += int(alone_D.sum())
+        found.append(number_D.astype(np.uint32))
+    return (found, total) if shared else None
 
 
 def dead_ranks(segment: Segment, document_numbers: Iterable[int]) -> np.ndarray:
@@ -174,6 +203,8 @@ class _Facts:
         self.row[walks.FOUR], self.row[walks.OVER], self.row[walks.END] = four, segment.wide, end
         self._lines, self._end = segment.arrays["documents"], end
         self._unigrams: np.ndarray | None = None
+        self._sources: dict[Count, tuple[list[str], np.ndarray]] = {}
+        self._groups: dict[Count, np.ndarray] = {}
 
     def unigrams(self) -> np.ndarray:
         if self._unigrams is not None:
@@ -206,15 +237,27 @@ class _Facts:
             raise CheckpointError(f"This segment is damaged: {at_H[-1]:,} continuations of {N:,} tokens.")
         return at_H.astype(np.uint32)
 
-    @cached_property
-    def groups(self) -> np.ndarray:
+    def sources(self, count: Count) -> tuple[list[str], np.ndarray]:
+        """Names of sources, and the place of each document's own, int64 [D]; -1 where it has none."""
+        if count not in self._sources:
+            field = count.partition(":")[2]
+            place: dict[str, int] = {}
+            lines = (json.loads(line) for line in self._lines.tobytes().splitlines())
+            names = [
+                (facts.get("extra") or {}).get(field) if field else facts.get("source") for facts in lines
+            ]
+            at = [place.setdefault(name, len(place)) if name else -1 for name in names]
+            self._sources[count] = list(place), np.array(at, np.int64)
+        return self._sources[count]
+
+    def groups(self, count: Count) -> np.ndarray:
         """The first document of each document's source, uint32 [D]; one without a source stands for itself."""
-        first: dict[str, int] = {}
-        lines = (json.loads(line) for line in self._lines.tobytes().splitlines())
-        sources = [facts.get("source") for facts in lines]
-        return np.array(
-            [first.setdefault(name, i) if name else i for i, name in enumerate(sources)], np.uint32
-        )
+        if count not in self._groups:
+            _, source_D = self.sources(count)
+            key_D = np.where(source_D < 0, -1 - np.arange(len(source_D)), source_D)
+            _, first_U, back_D = np.unique(key_D, return_index=True, return_inverse=True)
+            self._groups[count] = first_U[back_D].astype(np.uint32)
+        return self._groups[count]
 
 
 def _count(token_I: np.ndarray, count_I: np.ndarray | None, end: int) -> np.ndarray:

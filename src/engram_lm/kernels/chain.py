@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numba import njit
 
-from engram_lm.kernels.counting import count_documents, count_two, histogram, list_of, scan
+from engram_lm.kernels.counting import count_documents, count_two, histogram, list_of, listed, scan
 from engram_lm.kernels.walks import (
     ADJUSTED,
     CAP,
@@ -316,21 +316,22 @@ def distribution(
 
 @njit(nogil=True, cache=True)
 def score(
-    table_SF, id_T, most, end, discount, only_longest, serial, low_3SD, high_3SD, live_3D, read_S2,
+    table_SF, id_T, next_T, most, end, discount, only_longest, serial, low_3SD, high_3SD, live_3D, read_S2,
     count_V, touched_V, pairs_P4, state, memo_M7, memo_M, zero_I, zero_F, zero_count_V, integer_7T, number_3T,
 ):  # fmt: skip
     """P of every id given those before it. integer_7T: depth, count, distinct, the two one order below, documents, top;
     number_3T: p, p of the top token, entropy.
 
-    low_3SD and the like hold most + 2 orders: of the ids before t and before t + 1, in turn, and of the top token. What
-    follows the last d ids is ids[t] as often as the last d + 1 ids occur one position on.
+    next_T: what came, the ids themselves unless everything is capped. low_3SD and the like hold most + 2 orders: of the ids
+    before t and before t + 1, in turn, and of the top token. What follows the last d ids is ids[t] as often as the last d + 1
+    ids occur one position on.
     """
     capped = table_SF.shape[0] > 0 and table_SF[0, CAP] > 0
     top_K = np.empty(most + 1, np.int64)
     after = walk(table_SF, id_T, 0, 0, end, low_3SD[0], high_3SD[0], live_3D[0])
     for t in range(id_T.shape[0]):
         low_SD, high_SD, live_D = low_3SD[t & 1], high_3SD[t & 1], live_3D[t & 1]
-        x = id_T[t] if 0 <= id_T[t] <= end else np.int64(-1)
+        x = next_T[t] if 0 <= next_T[t] <= end else np.int64(-1)
         depth = min(after, most)
         # a match is at most one token longer than the last one
         next_D = live_3D[1 - (t & 1)]
@@ -398,7 +399,10 @@ def score(
                 else:
                     cx = next_D[run + 1] if x >= 0 and run < after else np.int64(0)
                     cy = cx
-                    if y != x:
+                    if y != x and at >= 0 and filled == 1 and table_SF[at, ADJUSTED] == 0:
+                        # its list is nearer than the walk of another context
+                        cy = listed(table_SF, at, node, y)
+                    elif y != x:
                         if y_depth < 0:
                             for i in range(run):
                                 top_K[i] = id_T[t - run + i]

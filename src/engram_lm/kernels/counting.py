@@ -6,6 +6,9 @@ with a cap has lists of its own for all nodes. They are worked out for a node wh
 write the same numbers, and `set_flag` comes after them.
 Pairs of document and token are counted in `pairs_P4`: document, token, stamp, count; open addressing; what has an older
 stamp is free.
+Where sources reach over several segments (SHARED), an interval that is a node in one and occurs in others has one list of all
+of them, worked out when first asked for and remembered by the thread until there is no more room: see `joint_list`.
+state_I: int64 [STATE], the stamp now, how many pairs it has, and the room for joint lists.
 """
 
 import numpy as np
@@ -24,6 +27,7 @@ from engram_lm.kernels.walks import (
     N_COUNTS,
     N_DEAD,
     N_DOCUMENTS,
+    N_SOURCES,
     N_TOKENS,
     NEXT,
     NODE_AT,
@@ -32,7 +36,10 @@ from engram_lm.kernels.walks import (
     NODE_LOW,
     NODE_TOKEN,
     ORDER,
+    OVER,
     READY,
+    SERIAL,
+    SHARED,
     dead_below,
     find_node,
     number_at,
@@ -43,6 +50,10 @@ BLOCK_TOKENS = (
     256  # positions between two entries of BLOCK, the document that holds the block's first position
 )
 _MIX, _MIX_TOKEN = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)
+# state: the stamp now, pairs that have it; of joint lists the addresses of their tokens, counts and slots, room and used room
+STAMP, PAIRS, JOINT_TOKEN, JOINT_COUNT, JOINT_SLOT, JOINT_ROOM, JOINT_USED, STATE = range(8)
+# a slot: segment and order, first place in it, serial, and where its list begins and ends; all u32
+JOINT_SLOTS, SLOT = 4096, 5
 
 
 @njit(nogil=True, cache=True)
@@ -63,16 +74,25 @@ def document_of(table_SF, s, position):
 
 
 @njit(nogil=True, cache=True)
-def group_of(table_SF, s, rank):
+def group_here(table_SF, s, rank):
     """The document, or where sources are counted the first document of its source, at a rank; -1 in a damaged file."""
     position = number_at(table_SF, s, ORDER, rank)
     if position >= table_SF[s, N_TOKENS]:
         return np.int64(-1)
     number = document_of(table_SF, s, position)
-    if table_SF[s, GROUP] != 0:
-        number = number_at(table_SF, s, GROUP, number)
-    # documents of two segments are two
-    return (np.int64(s) << 32) | number
+    return number if table_SF[s, GROUP] == 0 else number_at(table_SF, s, GROUP, number)
+
+
+@njit(nogil=True, cache=True)
+def group_of(table_SF, s, rank):
+    """What is counted together, of all segments: a source where these are shared, else one segment's document or source."""
+    if table_SF[s, SHARED] == 0:
+        number = group_here(table_SF, s, rank)
+        return number if number < 0 else (np.int64(s) << 32) | number
+    position = number_at(table_SF, s, ORDER, rank)
+    if position >= table_SF[s, N_TOKENS]:
+        return np.int64(-1)
+    return number_at(table_SF, s, SHARED, document_of(table_SF, s, position))
 
 
 @njit(nogil=True, cache=True)
@@ -115,6 +135,14 @@ def find_in_node(table_SF, s, a, b, token):
 
 
 @njit(nogil=True, cache=True)
+def listed(table_SF, s, node, token):
+    """The count of a token in a node's list, of a view without counts of its own; 0 where it is not there."""
+    a, b = node_range(table_SF, s, node)
+    i = find_in_node(table_SF, s, a, b, token)
+    return np.int64(0) if i < 0 else number_at(table_SF, s, NODE_COUNT, i)
+
+
+@njit(nogil=True, cache=True)
 def _adjust(table_SF, s, node, a, b):
     """Work out the list a .. b of a node: its counts in the file without deleted documents, or all of it with a cap."""
     low = number_at(table_SF, s, NODE_LOW, node)
@@ -136,20 +164,8 @@ def _adjust(table_SF, s, node, a, b):
 
 
 @njit(nogil=True, cache=True)
-def _list_capped(table_SF, s, low, high, a, b):
-    """Write the list a .. b of an interval with counts of at most CAP a document; what is left of it is END, 0 times."""
-    end, n_dead, cap = table_SF[s, END], table_SF[s, N_DEAD], table_SF[s, CAP]
-    token_I, group_I = np.empty(max(high - low, 0), np.int64), np.empty(max(high - low, 0), np.int64)
-    n, i = 0, dead_below(table_SF, s, low)
-    for rank in range(low, high):
-        if i < n_dead and number_at(table_SF, s, DEAD, i) == rank:
-            i += 1
-            continue
-        token, group = token_at(table_SF, s, NEXT, rank), group_of(table_SF, s, rank)
-        if token <= end and group >= 0:
-            token_I[n], group_I[n] = token, group & 0xFFFFFFFF
-            n += 1
-    # by token, byte after byte from the lowest
+def _sort_pairs(token_I, group_I, n, end):
+    """Sort n pairs by token, byte after byte from the lowest."""
     from_I, from_group_I = np.empty(n, np.int64), np.empty(n, np.int64)
     at_B = np.empty(257, np.int64)
     shift = 0
@@ -166,6 +182,23 @@ def _list_capped(table_SF, s, low, high, a, b):
             token_I[at_B[byte]], group_I[at_B[byte]] = from_I[i], from_group_I[i]
             at_B[byte] += 1
         shift += 8
+
+
+@njit(nogil=True, cache=True)
+def _list_capped(table_SF, s, low, high, a, b):
+    """Write the list a .. b of an interval with counts of at most CAP a document; what is left of it is END, 0 times."""
+    end, n_dead, cap = table_SF[s, END], table_SF[s, N_DEAD], table_SF[s, CAP]
+    token_I, group_I = np.empty(max(high - low, 0), np.int64), np.empty(max(high - low, 0), np.int64)
+    n, i = 0, dead_below(table_SF, s, low)
+    for rank in range(low, high):
+        if i < n_dead and number_at(table_SF, s, DEAD, i) == rank:
+            i += 1
+            continue
+        token, group = token_at(table_SF, s, NEXT, rank), group_here(table_SF, s, rank)
+        if token <= end and group >= 0:
+            token_I[n], group_I[n] = token, group
+            n += 1
+    _sort_pairs(token_I, group_I, n, end)
     # the last token for which a document was seen, + 1, and how often
     stamp_D = np.zeros(max(table_SF[s, N_DOCUMENTS], 1), np.int64)
     seen_D = np.zeros(stamp_D.shape[0], np.int64)
@@ -193,6 +226,94 @@ def _write_entry(table_SF, s, e, token, count):
     else:
         store16(table_SF[s, NODE_TOKEN] + 2 * e, token)
     store32(table_SF[s, ADJUSTED] + 4 * e, count)
+
+
+@njit(nogil=True, cache=True)
+def is_joint(table_SF, depth, low_SD, high_SD):
+    """Whether an order is counted in one list of several segments: sources are shared, and one of the intervals is a node."""
+    n, wide = 0, False
+    if table_SF.shape[0] < 2 or table_SF[0, SHARED] == 0:
+        return False
+    for s in range(table_SF.shape[0]):
+        size = high_SD[s, depth] - low_SD[s, depth]
+        n += size > 0
+        wide |= size > table_SF[s, OVER]
+    return wide and n > 1
+
+
+@njit(nogil=True, cache=True)
+def joint_list(table_SF, depth, low_SD, high_SD, end, state):
+    """Where the list of an order lies in the room for joint lists: tokens ascending, a source counted up to CAP times."""
+    first = 0
+    while high_SD[first, depth] <= low_SD[first, depth]:
+        first += 1
+    where, low = (np.int64(first) << 16) | depth, low_SD[first, depth]
+    serial = table_SF[first, SERIAL] & 0xFFFFFFFF
+    mixed = (np.uint64(where) * _MIX) ^ (np.uint64(low) * _MIX_TOKEN)
+    slot = state[JOINT_SLOT] + 4 * SLOT * np.int64(mixed >> np.uint64(52))
+    if load32(slot) == where and load32(slot + 4) == low and load32(slot + 8) == serial:
+        return load32(slot + 12), load32(slot + 16)
+    size = np.int64(0)
+    for s in range(table_SF.shape[0]):
+        size += max(high_SD[s, depth] - low_SD[s, depth], 0)
+    token_I, group_I, n = np.empty(size, np.int64), np.empty(size, np.int64), np.int64(0)
+    for s in range(table_SF.shape[0]):
+        n_dead = table_SF[s, N_DEAD]
+        i = dead_below(table_SF, s, low_SD[s, depth]) if n_dead else np.int64(0)
+        for rank in range(low_SD[s, depth], high_SD[s, depth]):
+            if i < n_dead and number_at(table_SF, s, DEAD, i) == rank:
+                i += 1
+                continue
+            token, group = token_at(table_SF, s, NEXT, rank), group_of(table_SF, s, rank)
+            if token <= end and 0 <= group < table_SF[s, N_SOURCES]:
+                token_I[n], group_I[n] = token, group
+                n += 1
+    _sort_pairs(token_I, group_I, n, end)
+    distinct = np.int64(0)
+    for i in range(n):
+        distinct += i == 0 or token_I[i] != token_I[i - 1]
+    if state[JOINT_USED] + distinct > state[JOINT_ROOM]:
+        state[JOINT_USED] = 0
+        for i in range(JOINT_SLOTS):
+            # no list is of segment 65535, order 65535
+            store32(state[JOINT_SLOT] + 4 * SLOT * i, 0xFFFFFFFF)
+    a = state[JOINT_USED]
+    b = min(a + distinct, state[JOINT_ROOM])
+    stamp_G, seen_G = np.zeros((2, max(table_SF[first, N_SOURCES], 1)), np.int64)
+    cap, e, count = table_SF[first, CAP], a, np.int64(0)
+    for i in range(n):
+        token, group = token_I[i], group_I[i]
+        if stamp_G[group] != token + 1:
+            stamp_G[group], seen_G[group] = token + 1, 0
+        seen_G[group] += 1
+        count += seen_G[group] <= cap
+        if (i + 1 == n or token_I[i + 1] != token) and e < b:
+            store32(state[JOINT_TOKEN] + 4 * e, token)
+            store32(state[JOINT_COUNT] + 4 * e, count)
+            e += 1
+            count = 0
+    state[JOINT_USED] = b
+    store32(slot, where)
+    store32(slot + 4, low)
+    store32(slot + 8, serial)
+    store32(slot + 12, a)
+    store32(slot + 16, b)
+    return a, b
+
+
+@njit(nogil=True, cache=True)
+def _joint_count(a, b, token, state):
+    """The count of a token in a joint list, 0 where it is not there."""
+    top = b
+    while a < b:
+        middle = (a + b) >> 1
+        if load32(state[JOINT_TOKEN] + 4 * middle) < token:
+            a = middle + 1
+        else:
+            b = middle
+    if a < top and load32(state[JOINT_TOKEN] + 4 * a) == token:
+        return load32(state[JOINT_COUNT] + 4 * a)
+    return np.int64(0)
 
 
 @njit(nogil=True, cache=True)
@@ -251,6 +372,14 @@ def scan(table_SF, s, low, high, end, count_V, touched_V, n, pairs_P4, state):
 def histogram(table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pairs_P4, state):
     """Count all that follows the last `depth` tokens; returns how many tokens are touched."""
     n = np.int64(0)
+    if is_joint(table_SF, depth, low_SD, high_SD):
+        a, b = joint_list(table_SF, depth, low_SD, high_SD, end, state)
+        for e in range(a, b):
+            token = load32(state[JOINT_TOKEN] + 4 * e)
+            touched_V[n] = token
+            count_V[token] = load32(state[JOINT_COUNT] + 4 * e)
+            n += 1
+        return n
     state[0] += 1
     state[1] = 0
     for s in range(table_SF.shape[0]):
@@ -275,6 +404,9 @@ def histogram(table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pairs_P
 def count_two(table_SF, depth, low_SD, high_SD, x, y, pairs_P4, state):
     """How often tokens x and y follow the last `depth` tokens."""
     cx = cy = np.int64(0)
+    if is_joint(table_SF, depth, low_SD, high_SD):
+        a, b = joint_list(table_SF, depth, low_SD, high_SD, table_SF[0, END], state)
+        return _joint_count(a, b, x, state), _joint_count(a, b, y, state)
     state[0] += 1
     state[1] = 0
     for s in range(table_SF.shape[0]):
@@ -306,7 +438,7 @@ def count_two(table_SF, depth, low_SD, high_SD, x, y, pairs_P4, state):
 
 @njit(nogil=True, cache=True)
 def count_documents(table_SF, depth, low_SD, high_SD, most):
-    """Live documents that hold the last `depth` tokens, counted up to `most`."""
+    """Live documents, or where sources are counted sources, that hold the last `depth` tokens, counted up to `most`."""
     seen_K = np.empty(most, np.int64)
     n = 0
     for s in range(table_SF.shape[0]):
@@ -327,6 +459,10 @@ def count_documents(table_SF, depth, low_SD, high_SD, most):
             if number == last:
                 continue
             last = number
+            if table_SF[s, SHARED] != 0:
+                number, begin = number_at(table_SF, s, SHARED, number), 0
+            elif table_SF[s, GROUP] != 0:
+                number = number_at(table_SF, s, GROUP, number)
             new = True
             for k in range(begin, n):
                 if seen_K[k] == number:

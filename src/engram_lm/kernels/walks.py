@@ -34,7 +34,10 @@ ADJUSTED, READY, GROUP = 14, 15, 16
 N_TOKENS, N_NODES, N_COUNTS, N_DOCUMENTS, N_DEAD = 17, 18, 19, 20, 21
 # whether tokens have four bytes, intervals of more than OVER positions are nodes, at most CAP of a document count, END
 FOUR, OVER, CAP, END = 22, 23, 24, 25
-ROW = 26
+# where sources reach over several segments: the address of each document's number among all of the snapshot's sources, how
+# many there are, and what tells this snapshot's way of counting from others
+SHARED, N_SOURCES, SERIAL = 26, 27, 28
+ROW = 29
 NODE_RANKS = 4096
 _RANKS_AT_ONCE = 1024
 

@@ -4,6 +4,10 @@
 float64 [N, len(NAMES)]. Both ways of using memory, decoding and scoring, fill the same record, so lambda does not depend
 on the way. A change to a feature or to its place raises VERSION, and gates of another version are refused.
 
+Repetition is no evidence: of a match of three tokens and more, each document counts at most 32 times in `count`. In ordinary
+text that changes nothing (0 of 14,000 to 18,000 positions against 10 to 118 documents of a handbook and a textbook; 0.2 %
+against one long document of rules), and a sentence said a million times weighs as one said 32 times.
+
 A match that reaches into the prompt is evidence that the text is quoting. Where all of it is the model's own (or the
 memory's) output, it may only show that memory has been listened to before: `fresh` and `all_generated` tell them apart.
 
@@ -28,6 +32,7 @@ NAMES = (
 _STEPS = (1, 2, 3, 4, 6, 9, 17)
 _LEAST = np.log(1e-9)
 _MOST_DOCUMENTS = 16
+_MOST_TIMES, _CAPPED_FROM = 32, 3  # a document counts so often, of matches of so many tokens and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +74,13 @@ def features(evidence: Evidence, *, tokens: int) -> np.ndarray:
     log_depth = np.log2(1 + e.depth)
     top = np.log(np.clip(e.top_p, 1e-6, 1 - 1e-6)) - np.log1p(-np.clip(e.top_p, 1e-6, 1 - 1e-6))
     generated = np.minimum(e.generated, e.depth)
+    # documents are known up to 16: where there are so many, it is not one that repeats itself
+    capped = (e.depth >= _CAPPED_FROM) & (e.documents < _MOST_DOCUMENTS)
+    count = np.where(capped, np.minimum(e.count, _MOST_TIMES * np.maximum(e.documents, 1)), e.count)
     columns = [
         log_depth,
         *(e.depth >= step for step in _STEPS),
-        np.log1p(e.count),
+        np.log1p(count),
         e.count == 1,
         np.log1p(e.distinct),
         e.distinct == 1,

@@ -94,8 +94,6 @@ class SessionMemory:
         return N * (2 * token + 4) + 112 * N + nodes + 28 * (V + 1)
 
     def _built(self, said: np.ndarray) -> Snapshot:
-        from engram_lm.index.snapshot import Snapshot
-
         V = self.snapshot.vocab_size
         # ids that the index has no number for (a model with more logits) break the text, as they break contexts
         foreign = (said < 0) | (said >= V)
@@ -113,4 +111,4 @@ class SessionMemory:
         ends = segment.document_at[1:].astype(np.int64) - 1
         never_came = np.append(ends[:-1][foreign[cut]], ends[-1])
         dead = np.flatnonzero(np.isin(segment.order, never_came)).astype(np.uint32)
-        return Snapshot([*self.snapshot.views, View(segment, dead_rank=dead)], vocab_size=V)
+        return self.snapshot.beside(View(segment, dead_rank=dead))
