@@ -51,7 +51,8 @@ ABOUT = {
     "examples": {
         "look": [
             {"name": {"en": "A page of the handbook", "zh": "手册的一页"}, "text": HANDBOOK},
-            {"name": {"en": "Names, east and west", "zh": "东西方的名字"}, "text": "四大发明 和 张仲景 beside Alexander the Great and the Princess of Wales."},
+            {"name": {"en": "Names, east and west", "zh": "东西方的名字"},
+             "text": "四大发明 和 张仲景 beside Alexander the Great and the Princess of Wales."},
         ],
         "think": [
             {
@@ -65,7 +66,7 @@ ABOUT = {
                 "candidates": ["Wales", "Denmark", "威尔士"],
             },
         ],
-        "ask": [{"name": {"en": "How long is leave?", "zh": "年假有几天？"}, "prompt": "Annual leave at Brindle & Ash is", "chat": False}],
+        "ask": [{"name": {"en": "How long is leave?", "zh": "年假有几天？"}, "prompt": "Annual leave at Brindle & Ash is"}],
     },
 }  # fmt: skip
 
@@ -231,7 +232,7 @@ class PageServer:
                     "text": candidate,
                     "tokens": [
                         {
-                            "id": n, "text": piece, "p_model": 0.02 + 0.5 * draw(piece, prompt), "lambda": 0.62 if body["index"] else 0.0,
+                            "id": n, "text": piece, "p_model": 0.02 + 0.5 * draw(piece, prompt), "lambda": gate,
                             "p_memory": (0.92 if at == 0 else 0.05 / (1 + n)) if body["index"] else 0.0,
                         }
                         for n, piece in enumerate(tokens_of(" " + candidate))
@@ -261,7 +262,8 @@ class PageServer:
             r = 0.55 + 0.44 * draw(piece, i) if known else 0.0
             yield {
                 "type": "token", "id": i, "text": piece, "r": r, "tables": draw(piece, i, "t") if body["tables"] else None,
-                "lambda": body["lam"] if body["lam"] is not None else r, "depth": 7 if known else 0, "count": int(known), "documents": int(known),
+                "lambda": body["lam"] if body["lam"] is not None else r, "depth": 7 * known, "count": int(known),
+                "documents": int(known),
             }  # fmt: skip
         told = (
             ["no document is about this question; the whole index answers"]
@@ -323,7 +325,10 @@ class PageServer:
 
     def search(self, body: dict) -> dict:
         hits = [
-            {"document": name, "count": text.count(body["text"]), "passage": dict(zip(("before", "match", "after"), text.partition(body["text"]), strict=True))}
+            {
+                "document": name, "count": text.count(body["text"]),
+                "passage": dict(zip(("before", "match", "after"), text.partition(body["text"]), strict=True)),
+            }
             for name, text in self.documents.items() if body["text"] in text
         ]  # fmt: skip
         return {"ms": 0.4, "hits": hits[: body["limit"]]}
@@ -396,7 +401,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._stream(body)
             return
         answers = {
-            "/api/trace": owner.trace, "/api/next": owner.next, "/api/index/add": owner.add, "/api/index/delete": owner.delete,
+            "/api/trace": owner.trace, "/api/next": owner.next, "/api/index/add": owner.add,
+            "/api/index/delete": owner.delete,
             "/api/index/search": owner.search, "/api/quiz/answer": owner.quiz_answer,
         }  # fmt: skip
         self._answer(self.path, answers[self.path], body)

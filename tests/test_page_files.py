@@ -17,7 +17,7 @@ def words() -> dict[str, dict[str, str]]:
     found = {}
     for language in ("en", "zh"):
         body = re.search(rf"const {language} = \{{\n(.*?)\n\}};", text, re.DOTALL)[1]
-        found[language] = {key: value for key, value in re.findall(r'"?([\w.]+)"?: "([^"]*)"', body)}
+        found[language] = dict(re.findall(r'"?([\w.]+)"?: "([^"]*)"', body))
     return found
 
 
