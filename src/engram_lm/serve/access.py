@@ -63,8 +63,8 @@ class Access:
                 f"{', '.join(sorted(self.names))}, or start it with --name.",
             )
         if origin is not None:
-            parts = urlsplit(origin) if origin.isascii() else urlsplit("")
-            if parts.scheme not in ("http", "https") or parts.netloc.lower() != (host or "").lower():
+            scheme, _, netloc = origin.lower().partition("://")
+            if scheme not in ("http", "https") or netloc != (host or "").lower():
                 raise Refusal(403, f"Requests from another site ({shown(origin)}) are not taken.")
         if site is not None and site not in ("same-origin", "none"):
             raise Refusal(403, "Requests that another site makes the browser send are not taken.")
