@@ -268,8 +268,11 @@ def measure_facts(setting: Any, *, n: int) -> dict[str, Any]:
     path = setting.out / "facts" / "rows.jsonl"
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf8")
     return {
-        "about the documents": told, "facts": Counter(fact.source for fact in facts), "groups": grouped(rows), "abstaining": abstaining(rows),
-    }  # fmt: skip
+        "about the documents": told,
+        "facts": Counter(fact.source for fact in facts),
+        "groups": grouped(rows),
+        "abstaining": abstaining(rows),
+    }
 
 
 def answered(setting: Any, shelf: Shelf, one: Asked) -> Iterator[dict[str, Any]]:
