@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = {1: "#b3261e", 8: "#33658a", 64: "#5b7553"}
+BESIDE = {1: -0.15, 8: 0.0, 64: 0.15}  # intervals of one block stand beside each other
 
 
 def draw(axes, rows, *, limit):
@@ -22,7 +23,7 @@ def draw(axes, rows, *, limit):
         for name, style in (("disk", "-"), ("disk, no prefetch", ":")):
             added = [row[name]["added_share"] for row in mine]
             axes.errorbar(
-                [row["block"] for row in mine],
+                [row["block"] + BESIDE[batch] + (0.05 if style == ":" else 0) for row in mine],
                 [100 * one["median"] for one in added],
                 yerr=[
                     [100 * (one["median"] - one["low"]) for one in added],
@@ -36,7 +37,9 @@ def draw(axes, rows, *, limit):
                 label=f"batch {batch}" + (", no prefetch" if style == ":" else ""),
             )
     axes.axhline(100 * limit, color="black", linewidth=0.8)
-    axes.text(min(row["block"] for row in rows), 100 * limit, " wanted: 1 %", va="bottom", fontsize=7)
+    first, last = min(row["block"] for row in rows), max(row["block"] for row in rows)
+    axes.set_xlim(first - 0.6, last + 0.6)
+    axes.text(last + 0.6, 100 * limit, "wanted: 1 % ", va="bottom", ha="right", fontsize=7)
     axes.set_xlabel("block that the memory enters before")
     axes.set_xticks(sorted({row["block"] for row in rows}))
     axes.spines[["top", "right"]].set_visible(False)
