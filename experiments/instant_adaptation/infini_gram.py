@@ -27,8 +27,8 @@ from engram_lm.mixing.scoring import combine
 SEPARATOR = 65_535
 
 
-def measure_infini_gram(setting: Any, windows: int, python: Path) -> dict[str, Any]:
-    run, rows, told = Perplexity(setting, windows), [], {}
+def measure_infini_gram(setting: Any, windows: int, python: Path, most: int | None) -> dict[str, Any]:
+    run, rows, told = Perplexity(setting, windows, most), [], {}
     for name, domain in setting.domains.items():
         of = [
             window

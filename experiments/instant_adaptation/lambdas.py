@@ -43,8 +43,8 @@ def _trigrams(ids: np.ndarray) -> np.ndarray:
     return (ids[:-2] << np.uint64(32)) | (ids[1:-1] << np.uint64(16)) | ids[2:]
 
 
-def measure_lambdas(setting: Any, windows: int) -> dict[str, Any]:
-    frequencies, run = Frequencies(setting), Perplexity(setting, windows)
+def measure_lambdas(setting: Any, windows: int, most: int | None) -> dict[str, Any]:
+    frequencies, run = Frequencies(setting), Perplexity(setting, windows, most)
     kinds: dict[str, list[tuple[np.ndarray, ...]]] = {}
     for window in run.todo():
         if not setting.read.path(window.ids, window.scored).exists():

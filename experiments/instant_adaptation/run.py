@@ -90,6 +90,7 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=PARTS, nargs="*")
     parser.add_argument("--windows", type=int, default=24, help="texts of each kind")
+    parser.add_argument("--questions", type=int, default=30)
     parser.add_argument("--most", type=int, help="texts in all, some of each kind")
     parser.add_argument("--infini-gram-python", type=Path, help="a Python that has infini-gram 2.6.0")
     options = parser.parse_args()
@@ -127,7 +128,9 @@ def measured(part: str, setting: Setting, windows: int, options: argparse.Namesp
     if part == "questions":
         from facts import ask_questions
 
-        return ask_questions(setting, Kept(out / "questions", {"base": setting.base.sha256}), n=30)
+        return ask_questions(
+            setting, Kept(out / "questions", {"base": setting.base.sha256}), n=options.questions
+        )
     if part == "living":
         from living import measure_living
 
@@ -135,14 +138,14 @@ def measured(part: str, setting: Setting, windows: int, options: argparse.Namesp
     if part == "lambdas":
         from lambdas import measure_lambdas
 
-        return measure_lambdas(setting, windows)
+        return measure_lambdas(setting, windows, options.most)
     if part == "lora":
         from lora import measure_lora
 
-        return measure_lora(setting, windows)
+        return measure_lora(setting, windows, options.most)
     from infini_gram import measure_infini_gram
 
-    return measure_infini_gram(setting, windows, options.infini_gram_python)
+    return measure_infini_gram(setting, windows, options.infini_gram_python, options.most)
 
 
 if __name__ == "__main__":

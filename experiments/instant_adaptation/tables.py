@@ -88,15 +88,12 @@ def change(one: Part | None) -> str:
 def by_arm(parts: dict[str, Part]) -> str:
     """Every arm with the whole index."""
     groups = list(parts["perplexity"]["groups"])
-    for part in ("infini-gram", "lora"):
-        groups += parts.get(part, {}).get("groups", [])
+    groups += parts.get("infini-gram", {}).get("groups", [])
     columns = [*(tuple(name.split()) for name in KINDS), *((domain, "general") for domain in GENERAL)]
     rows = []
-    for arm in ("alone", "fixed", "memory", "infini-gram", "retrieval", "both", "lora"):
+    for arm in ("alone", "fixed", "memory", "infini-gram", "retrieval", "both"):
         of = [
-            one
-            for one in groups
-            if one["arm"] == arm and (arm in ("alone", "lora") or one["index"].endswith(" all"))
+            one for one in groups if one["arm"] == arm and (arm == "alone" or one["index"].endswith(" all"))
         ]
         if not of:
             continue
@@ -160,12 +157,12 @@ def draw(parts: dict[str, Part], path: Path) -> None:
                     linewidth=1.6,
                     label=name,
                 )
-                if kind == "unseen":
-                    ends = [one["change_interval"] for one in of]
+                if kind == "unseen" and all(one["change_interval"] for one in of):
+                    low, high = zip(*(one["change_interval"] for one in of), strict=True)
                     axes.fill_between(
                         x,
-                        [100 * end[0] for end in ends],
-                        [100 * end[1] for end in ends],
+                        [100 * end for end in low],
+                        [100 * end for end in high],
                         color=colour,
                         alpha=0.12,
                         linewidth=0,
@@ -212,7 +209,6 @@ def facts(parts: dict[str, Part], source: str = "all") -> str:
         (one["source"], one["state"], one["wording"], one["said"], one["arm"]): one
         for one in parts["facts"]["groups"]
     }
-    lora = {one["wording"]: one for one in parts.get("lora", {}).get("facts", [])}
     rows = []
     for arm in ("alone", "memory", "memory 0.3", "memory top 3", "retrieval", "both", "oracle"):
         cells = [by.get((source, state, wording, said, arm)) for state, wording, said, _ in COLUMNS]
@@ -226,16 +222,6 @@ def facts(parts: dict[str, Part], source: str = "all") -> str:
                 NAMES[arm], *(percent(cell["share"], cell["interval"]) if cell else "" for cell in cells),
                 f"{known[0]['prompt_tokens']:.0f}", f"{ms[1]:.1f}",
             ])  # fmt: skip
-    if lora and source == "factbook":
-        cells = [lora.get(wording) if state == "true" else None for state, wording, _, _ in COLUMNS]
-        rows.append(
-            [
-                NAMES["lora"],
-                *(percent(cell["share"], cell["interval"]) if cell else "" for cell in cells),
-                "12",
-                "",
-            ]
-        )
     return table(["arm", *(name for *_, name in COLUMNS), "prompt tokens", "memory, ms a token"], rows)
 
 
@@ -284,6 +270,40 @@ def abstaining(parts: dict[str, Part]) -> str:
 
 
 # ---- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def lora(parts: dict[str, Part]) -> str:
+    """A fine-tune beside memory of the same data."""
+    part = parts["lora"]
+    by = {(one["arm"], one["domain"], one["kind"]): one for one in part["groups"]}
+    told = {(one["arm"], one["wording"]): one for one in part["facts"]}
+    for one in parts["facts"]["groups"]:
+        if (one["source"], one["state"], one["said"]) == ("factbook", "true", "true"):
+            told[one["arm"], one["wording"]] = one
+    columns = [("handbook", "indexed"), ("handbook", "unseen"), *((domain, "general") for domain in GENERAL)]
+    rows = []
+    for arm in ("alone", "memory", "lora"):
+        cells = [by["lora" if arm == "alone" else arm, *column] for column in columns]
+        found = [told.get((arm, wording)) for wording in ("verbatim", "paraphrased")]
+        took = f"{part['training']['cpu_seconds']:,.0f} s" if arm == "lora" else ""
+        rows.append([
+            NAMES[arm], *(plain(cell["alone" if arm == "alone" else "perplexity"]) for cell in cells),
+            *(percent(one["share"], one["interval"]) if one else "" for one in found), took,
+        ])  # fmt: skip
+    head = [
+        "arm",
+        "the excerpts",
+        "other pages",
+        *GENERAL,
+        "facts, verbatim",
+        "in other words",
+        "learning, CPU",
+    ]
+    about = part["training"]
+    return table(head, rows) + (
+        f"\n\n{about['tokens']:,} tokens, {about['epochs']} passes, {about['trained_parameters']:,} trained parameters, "
+        f"{about['more_memory_MB']:,} MB more memory while training; loss {about['first_loss']:.2f} to {about['last_loss']:.2f}."
+    )
 
 
 def living(parts: dict[str, Part]) -> str:
@@ -354,13 +374,8 @@ def summary(parts: dict[str, Part]) -> str:
         return ""
 
     def cost(name: str, arm: str, scale: float, form: str) -> str:
-        of = [
-            one
-            for one in groups
-            if one["arm"] == arm
-            and one["kind"] != "general"
-            and one["index"].endswith(" all"[arm == "alone" :] if arm != "alone" else "")
-        ]
+        of = [one for one in groups if one["arm"] == arm and one["kind"] != "general"]
+        of = [one for one in of if arm == "alone" or one["index"].endswith(" all")]
         return format(scale * sum(one[name] for one in of) / len(of), form)
 
     def asked(arm: str) -> str:
@@ -403,7 +418,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Part]], str]]] = {
     "summary": ("perplexity", summary), "index size": ("perplexity", by_size), "every arm": ("perplexity", by_arm),
     "facts": ("facts", facts), "facts, articles": ("facts", lambda parts: facts(parts, "articles")),
     "facts, factbook": ("facts", lambda parts: facts(parts, "factbook")), "questions": ("questions", questions),
-    "abstaining": ("facts", abstaining), "living": ("living", living), "lambda": ("lambdas", lambdas),
+    "abstaining": ("facts", abstaining), "living": ("living", living), "LoRA": ("lora", lora), "lambda": ("lambdas", lambdas),
 }  # fmt: skip
 
 
