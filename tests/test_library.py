@@ -95,23 +95,36 @@ def test_what_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
 
 
 def test_other_formats_go_through_the_converter_which_may_fail(tmp_path, monkeypatch):
-    class MarkItDown:
-        def __init__(self, *, enable_plugins):
-            assert enable_plugins is False
+    class Missing(Exception):
+        pass
 
-        def convert_stream(self, stream, *, file_extension):
+    class Converter:
+        def convert(self, stream, info):
             data = stream.read()
             if data == b"broken":
                 raise RuntimeError("no such\npage")
-            return types.SimpleNamespace(text_content=f"{file_extension} {data.decode()}")
+            if data == b"missing":
+                raise Missing
+            return types.SimpleNamespace(markdown=f"{info.extension} {data.decode()}")
 
-    monkeypatch.setitem(sys.modules, "markitdown", types.SimpleNamespace(MarkItDown=MarkItDown))
+    monkeypatch.setitem(
+        sys.modules,
+        "markitdown",
+        types.SimpleNamespace(
+            MissingDependencyException=Missing,
+            StreamInfo=types.SimpleNamespace,
+            converters=types.SimpleNamespace(HtmlConverter=Converter, DocxConverter=Converter),
+        ),
+    )
     (tmp_path / "a.HTML").write_bytes(b"page")
     (text,) = read_texts([tmp_path / "a.HTML"])
     assert text.text == ".html page"
     (tmp_path / "b.docx").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"b\.docx cannot be converted: no such page"):
         list(read_texts([tmp_path / "b.docx"]))
+    (tmp_path / "c.docx").write_bytes(b"missing")
+    with pytest.raises(MissingExtraError, match=r"lacks what \.docx needs: pip install"):
+        list(read_texts([tmp_path / "c.docx"]))
 
 
 def test_special_tokens_in_a_text_are_its_letters(tokenizer):

@@ -23,7 +23,12 @@ from engram_lm.train.text import json_lines, kind_of, read_lines
 
 STDIN = "-"
 PLAIN = (".txt", ".md", ".rst")
-CONVERTED = (".pdf", ".docx", ".html", ".htm", ".pptx")
+# markitdown's own converter of each, by name: asked what a file is, it takes broken ones for plain text
+_CONVERTERS = {
+    ".pdf": "PdfConverter", ".docx": "DocxConverter", ".html": "HtmlConverter", ".htm": "HtmlConverter",
+    ".pptx": "PptxConverter",
+}  # fmt: skip
+CONVERTED = tuple(_CONVERTERS)
 KEPT = ("title", "url", "licence", "license", "attribution", "author", "date")
 FILE_HASH, FOLDER = "file_sha256", "folder"
 
@@ -180,19 +185,23 @@ def _decoded(data: bytes, where: Any) -> str:
 
 
 def _converted(path: Path) -> str:
+    suffix = path.suffix.lower()
     try:
-        from markitdown import MarkItDown
+        from markitdown import MissingDependencyException, StreamInfo, converters
     except ImportError:
         raise MissingExtraError(
             f'{path} is converted by markitdown: pip install "engram-lm[documents]".'
         ) from None
     try:
-        return (
-            MarkItDown(enable_plugins=False)
-            .convert_stream(io.BytesIO(path.read_bytes()), file_extension=path.suffix.lower())
-            .text_content
-        )
+        data = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from None
+    try:
+        return getattr(converters, _CONVERTERS[suffix])().convert(data, StreamInfo(extension=suffix)).markdown
+    except MissingDependencyException:
+        raise MissingExtraError(
+            f'{path}: markitdown lacks what {suffix} needs: pip install "engram-lm[documents]".'
+        ) from None
     except Exception as error:  # whatever a converter of foreign formats raises
-        raise DataError(f"{path} cannot be converted: {' '.join(str(error).split())[:200]}") from None
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{path} cannot be converted: {why}") from None
