@@ -302,7 +302,7 @@ def lora(parts: dict[str, Part]) -> str:
     about = part["training"]
     return table(head, rows) + (
         f"\n\n{about['tokens']:,} tokens, {about['epochs']} passes, {about['trained_parameters']:,} trained parameters, "
-        f"{about['more_memory_MB']:,} MB more memory while training; loss {about['first_loss']:.2f} to {about['last_loss']:.2f}."
+        f"{about['more_memory_MB']:,} MB more memory; loss {about['first_loss']:.2f} to {about['last_loss']:.2f}."
     )
 
 
