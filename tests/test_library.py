@@ -316,7 +316,13 @@ def test_the_commands_from_first_to_last(made, folder, capsys, monkeypatch):
     assert told(capsys, "index", "update", made, str(folder))[1]["replaced"] == 4
     assert told(capsys, "index", "sync", made, str(folder))[1]["unchanged"] == 5
     assert cli.run(["index", "stats", made]) == 0
-    assert "5 documents" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "5 documents" in printed
+    assert "compressed contexts" not in printed
+    assert cli.run(["index", "stats", made, "--compressed"]) == 0
+    assert "the channel of compressed contexts, in memory: 0.0" in capsys.readouterr().out
+    assert told(capsys, "index", "stats", made, "--compressed")[1]["compressed_bytes"] > 1000
+    assert told(capsys, "index", "stats", made)[1]["compressed_bytes"] is None
     assert told(capsys, "index", "merge", made)[1]["segments"] == 1
     assert told(capsys, "index", "verify", made)[0] == 0
     assert told(capsys, "index", "purge", made, "q1")[0] == 0

@@ -217,19 +217,21 @@ def verify(directory: Path, *, json: Flag = False) -> None:
 
 
 @index.command
-def stats(directory: Path, *, json: Flag = False) -> None:
+def stats(directory: Path, *, compressed: Flag = False, json: Flag = False) -> None:
     """Print documents, tokens, bytes, segments, and what deleted documents still take.
 
     Parameters
     ----------
     directory
         An index.
+    compressed
+        Also make the channel of compressed contexts, and print what it takes in memory (docs/mixing.md).
     json
         Print JSON.
     """
     from engram_lm.library.commands import stats_command
 
-    stats_command(directory, as_json=json)
+    stats_command(directory, compressed=compressed, as_json=json)
 
 
 @index.command

@@ -15,6 +15,7 @@ import importlib
 from typing import Any
 
 _HOME = {
+    "Blended": "compressed",
     "Document": "segment",
     "PurgeReport": "purging",
     "Segment": "segment",

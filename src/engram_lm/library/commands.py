@@ -100,15 +100,14 @@ def verify_command(directory: Path, *, as_json: bool) -> None:
     _say(_plain(report), "every byte is as it was written", as_json)
 
 
-def stats_command(directory: Path, *, as_json: bool) -> None:
+def stats_command(directory: Path, *, compressed: bool = False, as_json: bool) -> None:
+    """compressed: also what the second channel of docs/mixing.md would hold in memory."""
     with Store.open(directory) as store:
         stats = store.stats()
+        extra = _compressed_bytes(store) if compressed else None
     if as_json:
-        print(
-            json.dumps(
-                {**asdict(stats), "bytes_per_token": stats.bytes_per_token, "dead_share": stats.dead_share}
-            )
-        )
+        beside = {"bytes_per_token": stats.bytes_per_token, "dead_share": stats.dead_share}
+        print(json.dumps({**asdict(stats), **beside, "compressed_bytes": extra}))
         return
     segments = sum(tenant.bytes for tenant in stats.tenants.values())
     each = f" ({segments / stats.tokens:.1f} bytes a token)" if stats.tokens else ""
@@ -120,10 +119,21 @@ def stats_command(directory: Path, *, as_json: bool) -> None:
         print(
             f"{_plural(stats.dead_documents, 'deleted document')} still in files, {100 * stats.dead_share:.1f} % of tokens"
         )
+    if extra is not None:
+        print(f"the channel of compressed contexts, in memory: {extra / 1e6:,.2f} MB")
     for name, tenant in stats.tenants.items():
         print(f"  {name}: {_plural(tenant.documents, 'document')}, {tenant.tokens:,} tokens")
     if stats.merge_error:
         print(f"the last merge failed: {stats.merge_error}")
+
+
+def _compressed_bytes(store: Store) -> int:
+    from engram_lm.index.compressed import bytes_of
+    from engram_lm.library.encoding import TextEncoder
+    from engram_lm.vocab import TokenMap
+
+    tokens = TokenMap.from_tokenizer(TextEncoder.of(store.directory).backend, raw_size=store.vocab_size)
+    return sum(bytes_of(store.snapshot(tenant), tokens) for tenant in store.tenants)
 
 
 def search_command(directory: Path, text: str, *, tenant: str, limit: int, as_json: bool) -> None:
