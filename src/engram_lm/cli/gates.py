@@ -64,13 +64,27 @@ def fit(
 
 
 @gate.command
-def report(path: Path, *, json: Flag = False, plot: Path | None = None) -> None:
+def report(
+    path: Path,
+    *,
+    index: Path | None = None,
+    tenant: str | None = None,
+    strict: Flag = False,
+    json: Flag = False,
+    plot: Path | None = None,
+) -> None:
     """Print what a gate was fitted on and what it was measured to do.
 
     Parameters
     ----------
     path
         A gate's file.
+    index
+        The index it was fitted on: say how many of its documents are gone since.
+    tenant
+        Whose documents (public).
+    strict
+        Fail where some are gone.
     json
         Print JSON.
     plot
@@ -78,4 +92,4 @@ def report(path: Path, *, json: Flag = False, plot: Path | None = None) -> None:
     """
     from engram_lm.show.gates import report_command
 
-    report_command(path, as_json=json, plot=plot)
+    report_command(path, as_json=json, plot=plot, index=index, tenant=tenant, strict=strict)

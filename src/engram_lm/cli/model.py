@@ -207,6 +207,10 @@ def generate(
     tenant: str | None = None,
     documents: list[str] | None = None,
     top_k: int | None = None,
+    drafts: Flag = False,
+    session: Flag = False,
+    most_verbatim: int | None = None,
+    strict: Flag = False,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int | None = None,
@@ -241,6 +245,14 @@ def generate(
         --documents.
     top_k
         How many documents of a question (3); also for a prompt that is none.
+    drafts
+        Read ahead what followed the longest match and check it in one forward: the same tokens, sooner where the text quotes.
+    session
+        Look up the prompt and what was generated as well (the last 4,096 tokens).
+    most_verbatim
+        After so many generated tokens in a row that are a document's own, memory is silent for one.
+    strict
+        Refuse a gate that was fitted on documents which are no longer in the index.
     max_new_tokens
         Most tokens that are generated.
     temperature
@@ -277,6 +289,10 @@ def generate(
         tenant=tenant,
         documents=documents,
         top_k=top_k,
+        drafts=drafts,
+        session=session,
+        most_verbatim=most_verbatim,
+        strict=strict,
         heat=heat,
         block=block,
         branch=branch,

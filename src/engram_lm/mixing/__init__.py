@@ -16,6 +16,7 @@
     session.py           what a request has said so far, as one more document
     drafts.py            several tokens a forward, read ahead in memory (torch)
     identity.py          which model and tokenizer
+    trained.py           which documents a gate was fitted on
 
 Names load what they need when first used.
 """
@@ -34,6 +35,7 @@ _HOME = {
     "Drafted": "drafts",
     "Drafts": "drafts",
     "speculate": "drafts",
+    "speculating": "drafts",
     "MemoryStep": "trace",
     "summary": "trace",
     "MemoryProcessor": "processor",

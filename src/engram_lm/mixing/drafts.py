@@ -22,7 +22,7 @@ more (10-50 µs). Caches that cannot be cropped (recurrent states) are refused; 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,6 +81,35 @@ def speculate(
 
     drafts: tokens read ahead at most. tokenizer, rules, end, session, most_verbatim: as in `memory_processor`.
     """
+    said = speculating(
+        model, ids, snapshot, gate, tokenizer=tokenizer, rules=rules, max_new_tokens=max_new_tokens, drafts=drafts,
+        temperature=temperature, seed=seed, end=end, session=session, most_verbatim=most_verbatim, worth=worth,
+    )  # fmt: skip
+    while True:
+        try:
+            next(said)
+        except StopIteration as over:
+            return over.value
+
+
+def speculating(
+    model: Any,
+    ids: Any,
+    snapshot: Snapshot,
+    gate: Lambda,
+    *,
+    tokenizer: Any = None,
+    rules: TokenRules | None = None,
+    max_new_tokens: int,
+    drafts: int = 16,
+    temperature: float = 0.0,
+    seed: int = 0,
+    end: Literal["eos", "nothing"] = "eos",
+    session: int | Literal["off"] = "off",
+    most_verbatim: int | None = None,
+    worth: float = WORTH,
+) -> Generator[tuple[int, MemoryStep | None], None, Drafted]:
+    """`speculate` as an iterator of tokens and what memory did to each, as soon as they are chosen; returns its result."""
     ids_1T = torch.as_tensor(ids)
     ids_1T = ids_1T[None] if ids_1T.dim() == 1 else ids_1T
     if ids_1T.dim() != 2 or ids_1T.shape[0] != 1 or not ids_1T.shape[1]:
@@ -115,7 +144,8 @@ def speculate(
 
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = set(ends) if isinstance(ends, list | tuple) else {ends}
-    said_1T, forwards = _decode(
+    tokens: list[int] = []
+    for token in _decode(
         model,
         ids_1T.cpu(),
         None,
@@ -123,11 +153,16 @@ def speculate(
         choose,
         lambda said_1T: int(said_1T[0, -1]) in ends,
         max_new_tokens,
-    )
+    ):
+        tokens.append(token)
+        yield token, steps[-1]
     return Drafted(
-        tokens=said_1T[0, ids_1T.shape[1] :].tolist(), steps=steps, forwards=forwards, drafted=guesser.drafted,
+        tokens=tokens,
+        steps=steps,
+        forwards=guesser.forwards,
+        drafted=guesser.drafted,
         accepted=guesser.accepted,
-    )  # fmt: skip
+    )
 
 
 class Drafts:
@@ -139,7 +174,10 @@ class Drafts:
 
     def __init__(self, processor: MemoryProcessor, *, drafts: int = 16, worth: float = WORTH) -> None:
         self._guesser = Guesser(processor, most=drafts, worth=worth)
-        self.forwards = 0
+
+    @property
+    def forwards(self) -> int:
+        return self._guesser.forwards
 
     @property
     def drafted(self) -> int:
@@ -174,12 +212,13 @@ class Drafts:
                 return int(scores_1V.argmax())
             return int(torch.multinomial(torch.softmax(scores_1V, -1), 1))
 
-        said_1T, forwards = _decode(
-            model, input_ids, cache, self._guesser, choose, lambda said: bool(stopping_criteria(said, None).all()),
-            generation_config.max_length - input_ids.shape[1],
+        tokens = list(
+            _decode(
+                model, input_ids, cache, self._guesser, choose, lambda said: bool(stopping_criteria(said, None).all()),
+                generation_config.max_length - input_ids.shape[1],
+            )
         )  # fmt: skip
-        self.forwards += forwards
-        return said_1T
+        return torch.cat([input_ids, input_ids.new_tensor([tokens])], 1)
 
 
 class Guesser:
@@ -191,7 +230,7 @@ class Guesser:
         if not 0 < worth <= 1:
             raise ConfigError(f"worth is more than 0 and at most 1; got {worth}.")
         self.processor, self.most, self.worth = processor, most, worth
-        self.drafted = self.accepted = 0
+        self.forwards = self.drafted = self.accepted = 0
         # [7 lengths, 3 shares of the first choice]
         self.right = _RIGHT[:, None] * np.array([0.5, 0.8, 1.0])
         self._asked: list[tuple[tuple[int, int], int]] = []
@@ -244,8 +283,8 @@ def _decode(
     choose: Callable[[torch.Tensor, torch.Tensor], int],
     done: Callable[[torch.Tensor], bool],
     left: int,
-) -> tuple[torch.Tensor, int]:
-    """(the prompt and what was generated, forwards). said[:n] is decided, the cache holds said[:read]."""
+) -> Iterator[int]:
+    """The tokens that are chosen. said[:n] is decided, the cache holds said[:read]."""
     n, forwards, read = ids_1T.shape[1], 0, 0 if cache is None else int(cache.get_seq_length())
     said_1T = torch.cat([ids_1T, ids_1T.new_zeros((1, left))], 1)
     plain_T = said_1T[0].cpu().numpy().astype(np.int64)
@@ -263,6 +302,7 @@ def _decode(
             )  # fmt: skip
         logits_KV = output.logits[0, -k - 1 :].float().to(said_1T.device)
         cache, forwards = _require_crop(model, output, guesser, first=not forwards), forwards + 1
+        guesser.forwards += 1
         guesser.drafted += k
         for place in range(k + 1):
             token = choose(said_1T[:, : n + place], logits_KV[place : place + 1])
@@ -270,14 +310,14 @@ def _decode(
             said_1T[0, n + place] = plain_T[n + place] = token
             accepted = place < k and token == draft[place]
             guesser.accepted += accepted
+            yield token
             if done(said_1T[:, : n + place + 1]):
-                return said_1T[:, : n + place + 1], forwards
+                return
             if not accepted:
                 break
         if guesser.most and forwards > 1:
             cache.crop(place - k)
         read, n, left = n + place, n + place + 1, left - place - 1
-    return said_1T[:, :n], forwards
 
 
 def _require_crop(model: Any, output: Any, guesser: Guesser, *, first: bool) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 from engram_lm.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from engram_lm.show.heat import ColourWish, Quantity, Scale, legend, paint, wants_colour
 
+SESSION_TOKENS = 4096  # of prompt and output that a session remembers
+
 
 def generate_command(
     name: str,
@@ -23,6 +25,10 @@ def generate_command(
     tenant: str | None = None,
     documents: list[str] | None = None,
     top_k: int | None = None,
+    drafts: bool = False,
+    session: bool = False,
+    most_verbatim: int | None = None,
+    strict: bool = False,
     heat: Quantity | None = None,
     block: int | None = None,
     branch: int | None = None,
@@ -49,8 +55,18 @@ def generate_command(
         raise ConfigError("--full has no effect with --heat gate: a gate's full is 1.")
     if (cache_bytes is not None) != (tier == "cached"):
         raise ConfigError("--cache-mb belongs to --tier cached, and to that alone.")
-    if index is None and (gate, lam, tenant, documents, top_k) != (None,) * 5:
-        raise ConfigError("--gate, --lam, --tenant, --documents and --top-k belong to --index.")
+    flags = (flag or None for flag in (drafts, session, strict))
+    if index is None and any(
+        value is not None for value in (gate, lam, tenant, documents, top_k, most_verbatim, *flags)
+    ):
+        raise ConfigError(
+            "--gate, --lam, --tenant, --documents, --top-k, --drafts, --session, --most-verbatim and --strict belong to "
+            "--index."
+        )
+    if strict and lam is not None:
+        raise ConfigError("--strict is about a gate; --lam is none.")
+    if most_verbatim is not None and most_verbatim < 1:
+        raise ConfigError(f"--most-verbatim is a number of tokens from 1 on; got {most_verbatim}.")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k is 1 or more documents; got {top_k}.")
     if index is not None and (heat, block, branch, full) != (None, None, None, None):
@@ -73,20 +89,17 @@ def generate_command(
     indexed = (
         None if index is None else Indexed(
             index, model=model, tokenizer=tokenizer, gate=gate, lam=lam, tenant=tenant or "public",
-            prompt=prompt, chat=chat, documents=documents or ["auto"], top_k=top_k or 0,
+            prompt=prompt, chat=chat, documents=documents or ["auto"], top_k=top_k or 0, drafts=drafts,
+            session=SESSION_TOKENS if session else "off", most_verbatim=most_verbatim, strict=strict,
         )
     )  # fmt: skip
-    tokens = speak(
-        model,
-        tokenizer,
-        ids,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed or 0,
-        view=view,
-        memory=memory,
-        processor=None if indexed is None else indexed.processor(ids),
-    )
+    options = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "memory": memory,
+    }  # fmt: skip
+    if indexed is None:
+        tokens = speak(model, tokenizer, ids, view=view, **options)
+    else:
+        tokens = indexed.speak(ids, **options)
     coloured = wants_colour(sys.stdout, color) and (memory == "on" or indexed is not None)
     write_heat(
         tokens if indexed is None else indexed.watched(tokens),

@@ -9,6 +9,8 @@ from typing import Any
 
 from engram_lm.errors import ConfigError, DataError
 
+NAMES_NONE = "it names no documents that it was fitted on: a shipped gate, or one of an earlier version"
+
 
 def fit_command(
     name: str, *, index: Path, general: list[str], out: Path, texts: int, bound: float, tenant: str, seed: int,
@@ -23,6 +25,7 @@ def fit_command(
     from engram_lm.mixing import calibrate, collect, fit_gate, rules_of
     from engram_lm.mixing.gate import Reading
     from engram_lm.mixing.identity import model_print, tokenizer_print
+    from engram_lm.mixing.trained import fingerprints
     from engram_lm.progress import Progress
     from engram_lm.show.indexed import load_any
     from engram_lm.train.text import read_documents
@@ -39,9 +42,10 @@ def fit_command(
             progress=progress,
         )  # fmt: skip
         progress.end()
+        documents = fingerprints(snapshot)
     trained_on = {
         "index documents": snapshot.n_documents, "general": sorted(Path(file).name for file in general), "texts": texts,
-        "seed": seed,
+        "seed": seed, "documents": documents,
     }  # fmt: skip
     gate = calibrate(
         fit_gate(
@@ -56,23 +60,39 @@ def fit_command(
     report_command(out, as_json=False, plot=plot)
 
 
-def report_command(path: Path, *, as_json: bool, plot: Path | None) -> None:
-    """What the gate's own file says of it."""
+def report_command(
+    path: Path, *, as_json: bool, plot: Path | None, index: Path | None = None, tenant: str | None = None,
+    strict: bool = False,
+) -> None:  # fmt: skip
+    """What the gate's own file says of it; with an index, whether the documents it was fitted on are still there.
+
+    strict: ConfigError where some are not.
+    """
     from engram_lm.mixing import Gate
     from engram_lm.mixing.fit import draw_calibration
 
+    if index is None and (strict or tenant is not None):
+        raise ConfigError(
+            "--strict and --tenant belong to --index: which documents are still there is for an index to say."
+        )
     gate = Gate.load(path)
+    fitted, missing = len(gate.trained_on.get("documents", [])), None
+    if index is not None:
+        missing, sentence = _missing(gate, index, tenant or "public")
+        if strict and sentence:
+            raise ConfigError(sentence)
     measured: dict[str, Any] = gate.measured
     if plot is not None:
         if not measured.get("calibration"):
             raise DataError(f"{path} holds no calibration: there is nothing to draw.")
         draw_calibration(measured["calibration"], plot, title=gate.model_name or path.name)
     if as_json:
-        print(
-            json.dumps(
-                {"kind": gate.kind, "model": gate.model_name, "trained_on": gate.trained_on, **measured}
-            )
-        )
+        facts = {
+            "kind": gate.kind,
+            "model": gate.model_name,
+            "trained_on": {**gate.trained_on, "documents": fitted},
+        }
+        print(json.dumps({**facts, "documents_gone": missing, **measured}))
         return
     print(f"a {gate.kind} gate for {gate.model_name or 'any model'} ({gate.model[:12] or 'any weights'})")
     if measured:
@@ -85,3 +105,17 @@ def report_command(path: Path, *, as_json: bool, plot: Path | None) -> None:
             f"  {row['group']:32} {row['perplexity_alone']:8.2f} → {row['perplexity_mixed']:8.2f}   "
             f"mean λ {row['mean_lambda']:.3f}   {row['tokens']:,} tokens"
         )
+    if missing is not None:
+        print(
+            sentence
+            or (f"all {fitted:,} documents it was fitted on are in this index" if fitted else NAMES_NONE)
+        )
+
+
+def _missing(gate: Any, index: Path, tenant: str) -> tuple[int, str]:
+    from engram_lm.index.store import Store
+    from engram_lm.mixing.trained import gone, told
+
+    with Store.open(index) as store:
+        snapshot = store.snapshot(tenant)
+        return gone(gate, snapshot)[1], told(gate, snapshot)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,7 +33,9 @@ class Indexed:
     """An index beside a model, for one generation.
 
     documents: ["auto"], ["all"] or ids. top_k: how many documents of a question; 0 where it was not given. library: of the
-    directory, where it is open already.
+    directory, where it is open already. drafts, session, most_verbatim: of `mixing.speculate` and `memory_processor`; they
+    need documents mixed in, and a question that is answered by pointing refuses them. strict: refuse a gate that was fitted
+    on documents which are gone, instead of saying so.
     """
 
     def __init__(
@@ -50,8 +52,13 @@ class Indexed:
         documents: Sequence[str] = ("auto",),
         top_k: int = 0,
         library: Library | None = None,
+        drafts: bool = False,
+        session: int | Literal["off"] = "off",
+        most_verbatim: int | None = None,
+        strict: bool = False,
     ) -> None:
         from engram_lm.library import Library
+        from engram_lm.mixing.trained import told
 
         self.model, self.tokenizer = model, tokenizer
         self.library = Library.open(directory, tokenizer=tokenizer) if library is None else library
@@ -59,9 +66,19 @@ class Indexed:
         self.focus: tuple[Any, ...] = ()
         self.notes: list[str] = []
         self._choose(prompt, chat, list(documents), top_k, tenant, mixing=gate is not None or lam is not None)
+        self.drafts, self.session, self.most_verbatim = drafts, session, most_verbatim
         self.gate: Lambda | None = None
+        if self.focus and (drafts or session != "off" or most_verbatim is not None):
+            raise ConfigError(
+                "This question is answered by naming words of a sentence, where --drafts, --session and --most-verbatim have "
+                "no effect: mix the documents in with --gate or --lam, or ask the whole index with --documents all."
+            )
         if not self.focus:
             self.gate = chosen_gate(gate, lam, self.snapshot, model=model, tokenizer=tokenizer)
+            if gone := told(self.gate, self.library.store.snapshot(tenant)):
+                if strict:
+                    raise ConfigError(gone)
+                self.notes.append(gone)
         self.ids: list[int] = []
         self.steps: list[MemoryStep] = []
 
@@ -123,7 +140,51 @@ class Indexed:
             rules = rules_of(self.tokenizer, self.model, self.snapshot)
             return PointingProcessor(self.focus, prompt_length=len(ids), rules=rules)
         return memory_processor(
-            self.snapshot, self.gate, torch.tensor([ids]), tokenizer=self.tokenizer, model=self.model
+            self.snapshot, self.gate, torch.tensor([ids]), tokenizer=self.tokenizer, model=self.model,
+            session=self.session, most_verbatim=self.most_verbatim,
+        )  # fmt: skip
+
+    def speak(self, ids: list[int], *, memory: str = "on", **options: Any) -> Iterator[Token]:
+        """`speaking.speak` with this index. memory: whether the model's own tables take part."""
+        from engram_lm.show.speaking import View, speak
+
+        if not self.drafts or self.gate is None:
+            view = View(quantity="index")
+            return speak(
+                self.model,
+                self.tokenizer,
+                ids,
+                view=view,
+                memory=memory,
+                processor=self.processor(ids),
+                **options,
+            )
+        return self._drafted(ids, memory, **options)
+
+    def _drafted(self, ids: list[int], memory: str, **options: Any) -> Iterator[Token]:
+        from engram_lm.mixing import speculating
+        from engram_lm.show.speaking import Token, end_ids, memory_switch
+
+        for token in ids:
+            yield Token(token, 0.0, True)
+        ends, result = end_ids(self.model, self.tokenizer), None
+        said = speculating(
+            self.model, ids, self.snapshot, self.gate, tokenizer=self.tokenizer, session=self.session,
+            most_verbatim=self.most_verbatim, **options,
+        )  # fmt: skip
+        with memory_switch(self.model, memory):
+            while result is None:
+                try:
+                    token, step = next(said)
+                except StopIteration as over:
+                    result = over.value
+                else:
+                    if token in ends:
+                        continue
+                    yield Token(token, (step.responsibility or 0.0) if step else 0.0, False, step)
+        self.notes.append(
+            f"{len(result.tokens)} tokens in {result.forwards} forwards; {result.accepted} of {result.drafted} drafted "
+            "tokens kept"
         )
 
     def watched(self, tokens: Iterator[Token]) -> Iterator[Token]:

@@ -110,7 +110,7 @@ def speak(
     processor: of an index (`mixing.memory_processor` of these ids); strengths are its then.
     """
     view = view or View()
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and len(ids) + max_new_tokens > longest:
         raise ConfigError(
@@ -123,7 +123,7 @@ def speak(
     steps: list[MemoryStep | None] = [None] * len(chunk)
     said = list(ids)
     while True:
-        with torch.no_grad(), _traced(model) as records, _memory(model, memory):
+        with torch.no_grad(), _traced(model) as records, memory_switch(model, memory):
             output = model(
                 torch.tensor([chunk], device=device), past_key_values=cache, use_cache=True, **last_alone
             )
@@ -164,11 +164,13 @@ def _traced(model: Any) -> contextlib.AbstractContextManager:
     return trace(model) if memories(model) else contextlib.nullcontext(())
 
 
-def _memory(model: Any, memory: str) -> contextlib.AbstractContextManager:
+def memory_switch(model: Any, memory: str) -> contextlib.AbstractContextManager:
+    """Without the model's tables while memory is "off"."""
     return memory_off(model) if memory == "off" else contextlib.nullcontext()
 
 
-def _end_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end a text."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = set(configured) if isinstance(configured, list | tuple) else {configured}
     return (ends | {tokenizer.eos_token_id}) - {None}
