@@ -3,6 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.engram-lm-is-set-up
+PREPARED := $(VENV)/.engram-lm-demo-is-prepared
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 TORCH  := torch==2.13.0
 
@@ -55,8 +56,13 @@ bench-tables: setup ## time tables in host memory, on disk and in training; need
 bench-index: setup ## the index on real text beside infini-gram; ENGRAM_INDEX_TEXT names the text; the last line is JSON
 	$(BIN)/python benchmarks/index.py
 
-demo: setup ## a page: see what memory does, and change it; Ctrl-C stops it
+demo: $(PREPARED) ## a page: see what memory does, and change it; Ctrl-C stops it
 	$(BIN)/engram-lm serve
+
+$(PREPARED): $(STAMP)
+	@echo "demo: the first time SmolLM2 is fetched (93 MB) and kernels are compiled"
+	@$(BIN)/engram-lm serve --prepare
+	@touch $@
 
 demo-terminal: setup ## the same memory without a browser: text that reddens
 	$(BIN)/engram-lm demo

@@ -68,7 +68,7 @@ def make_service(
             give_memory(model, tokenizer=words())
         service.loaded = Loaded(name="tiny", model=model, tokenizer=words(), limits=limits)
         if index:
-            service.shelf = Shelf(make_index(directory / "index"), tokenizer=words())
+            service.shelf = Shelf(make_index(directory / "index"), encoder=service.loaded.encoder)
             service.mixed = Mixed(service.loaded, service.shelf, gate=None, lam=lam)
             service.quiz = QUIZ
 

@@ -7,11 +7,10 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 
-from serve_support import served
-
 from engram_lm.errors import ConfigError
 from engram_lm.serve.access import Access
 from engram_lm.serve.refusals import Refusal
+from serve_support import served
 
 KEY = "a-key-of-sixteen-or-more"
 

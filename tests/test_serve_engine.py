@@ -15,12 +15,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 
-from serve_support import Site, make_service, served
-
-from engram_lm.serve.access import Access
-from engram_lm.serve.app import create_app
-from engram_lm.serve.engine import Engine
-from engram_lm.serve.refusals import Cancelled, Refusal
+from engram_lm.serve.access import Access  # noqa: E402
+from engram_lm.serve.app import create_app  # noqa: E402
+from engram_lm.serve.engine import Engine  # noqa: E402
+from engram_lm.serve.refusals import Cancelled, Refusal  # noqa: E402
+from serve_support import Site, make_service, served  # noqa: E402
 
 SECONDS = 30
 
@@ -249,7 +248,12 @@ def slow_tokens(running):
     """Every forward takes 20 ms; the number of forwards so far."""
     forwards = []
     block = running.service.loaded.model.model.layers[0]
-    handle = block.register_forward_pre_hook(lambda *_: (forwards.append(1), time.sleep(0.02)) and None)
+
+    def slow(*_):
+        forwards.append(1)
+        time.sleep(0.02)
+
+    handle = block.register_forward_pre_hook(slow)
     yield forwards
     handle.remove()
 
@@ -346,7 +350,12 @@ def test_changes_of_the_index_wait_for_no_generation(tmp_path):
     with served(tmp_path) as site:
         go, began = threading.Event(), threading.Event()
         block = site.service.loaded.model.model.layers[0]
-        handle = block.register_forward_pre_hook(lambda *_: (began.set(), go.wait(SECONDS)) and None)
+
+        def hold(*_):
+            began.set()
+            go.wait(SECONDS)
+
+        handle = block.register_forward_pre_hook(hold)
         with ThreadPoolExecutor(1) as pool:
             generating = pool.submit(site.events, prompt="The cat", arm="memory", max_tokens=2)
             assert began.wait(SECONDS)

@@ -48,7 +48,10 @@ def test_other_words_are_no_answer(text, answer):
 
 
 def test_a_quiz_file_is_checked(tmp_path):
-    path, row = tmp_path / "quiz.json", {"id": "a", "kind": "verbatim", "prompt": "The", "document": "d", "answer": ["x"]}
+    path, row = (
+        tmp_path / "quiz.json",
+        {"id": "a", "kind": "verbatim", "prompt": "The", "document": "d", "answer": ["x"]},
+    )
     path.write_text(json.dumps([row]))
     assert Quiz.read(path).question("a").max_tokens == 12
     for wrong in (

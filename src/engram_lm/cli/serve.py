@@ -18,6 +18,7 @@ def serve(
     key: str | None = None,
     name: FileList = (),
     open: Flag = False,
+    prepare: Flag = False,
 ) -> int:
     """Serve a page that shows what memory does and lets one change it; without MODEL, the demo of the clone.
 
@@ -43,6 +44,8 @@ def serve(
         Names under which browsers may reach the server, beside its own.
     open
         Open the page in a browser when it is ready.
+    prepare
+        Fetch and compile what the first start needs, and end.
     """
     from engram_lm.serve.command import serve_command
 
@@ -57,4 +60,5 @@ def serve(
         key=key,
         names=name,
         open_page=open,
+        prepare_only=prepare,
     )

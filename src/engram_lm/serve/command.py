@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +37,9 @@ def serve_command(
     key: str | None,
     names: Sequence[str],
     open_page: bool,
+    prepare_only: bool = False,
 ) -> int:
-    """Serve until Ctrl-C or SIGTERM; the exit code."""
+    """Serve until Ctrl-C or SIGTERM; the exit code. prepare_only: load everything once, so that the next start is short."""
     steps = Steps()
     _require_options(model, index=index, gate=gate, lam=lam, quiz=quiz, port=port)
     try:
@@ -52,6 +54,8 @@ def serve_command(
         ) from error
     access = Access.of(host, key=key or os.environ.get(KEY_VARIABLE) or None, names=names)
     preparing = Preparing(steps, model=model, index=index, gate=gate, lam=lam, quiz=quiz)
+    if prepare_only:
+        return _prepare_only(preparing)
     listening = listen(host, port)
     address = f"http://{_shown_host(host)}:{listening.getsockname()[1]}/"
     failures: list[BaseException] = []
@@ -106,6 +110,27 @@ def serve_command(
     return 0
 
 
+def _prepare_only(preparing: Preparing) -> int:
+    from engram_lm.serve.service import Service
+
+    ended, failures = threading.Event(), []
+
+    def failed(error: BaseException) -> None:
+        failures.append(error)
+        ended.set()
+
+    service = Service(lambda service: (preparing(service), ended.set()), failed=failed)
+    try:
+        ended.wait()
+    finally:
+        service.close()
+        preparing.end()
+    if failures:
+        raise failures[0]
+    preparing.steps.total("prepared: what is fetched and compiled once is there")
+    return 0
+
+
 class Preparing:
     """Loads the model and the index, and answers one request of each kind, so that no visitor waits for first times."""
 
@@ -156,12 +181,12 @@ class Preparing:
         if demo:
             service.quiz = Quiz.read(demo.quiz)
             directory = self._made = Path(tempfile.mkdtemp(prefix="engram-demo-")) / "index"
-            documents, tokens = demo.make_index(directory, tokenizer=loaded.tokenizer)
+            documents, tokens = demo.make_index(directory, encoder=loaded.encoder)
             steps.say(f"the handbook is indexed: {documents} documents, {tokens:,} tokens, in {directory}")
         if self.quiz is not None:
             service.quiz = Quiz.read(self.quiz)
         if directory is not None:
-            service.shelf = Shelf(directory, tokenizer=loaded.tokenizer)
+            service.shelf = Shelf(directory, encoder=loaded.encoder)
             service.mixed = Mixed(loaded, service.shelf, gate=self.gate, lam=self.lam)
             if not demo:
                 steps.say(f"the index is open: {service.shelf.facts()['documents']:,} documents")
@@ -184,21 +209,20 @@ def warm_up(service: Service) -> None:
     from engram_lm.serve.tracing import trace_text
 
     loaded, mixed = service.loaded, service.mixed
-    texts = [entry["text"] for entry in service.examples["look"]]
-    measure_share(loaded, texts)
+    measure_share(loaded, [entry["text"] for entry in service.examples["look"]])
 
     def nothing(event: Any = None) -> None:
         return None
 
-    trace_text(loaded, mixed, texts[0], check=nothing)
-    next_tokens(loaded, mixed, NextRequest(prompt=texts[0], candidates=["George Washington"]), check=nothing)
+    trace_text(loaded, mixed, "Where is the", check=nothing)
+    next_tokens(loaded, mixed, NextRequest(prompt="Where is the", candidates=["office"]), check=nothing)
     if mixed is not None:
-        service.shelf.explain(texts[0])
+        service.shelf.explain("Where is the")
         service.shelf.search("the", limit=1)
-        kinds = [GenerateRequest(prompt="Where is the", arm="memory", max_tokens=2)]
+        kinds = [GenerateRequest(prompt="Where is the", arm="memory", max_tokens=1)]
         if loaded.can_chat:
             kinds.append(
-                GenerateRequest(prompt="Where is the office?", chat=True, arm="memory", max_tokens=2)
+                GenerateRequest(prompt="Where is the office?", chat=True, arm="memory", max_tokens=1)
             )
         for asked in kinds:
             generate(loaded, mixed, asked, emit=nothing)

@@ -2,7 +2,7 @@
 company's handbook, made anew at every start in a temporary directory and removed at the end.
 
     demo = Demo.find()                               # CheckpointError outside a clone
-    demo.make_index(directory, tokenizer=tokenizer)
+    demo.make_index(directory, encoder=loaded.encoder)
 """
 
 from dataclasses import dataclass
@@ -39,13 +39,18 @@ class Demo:
     def examples(self) -> Path:
         return self.documents / "examples.json"
 
-    def make_index(self, directory: Path, *, tokenizer: Any) -> tuple[int, int]:
+    def make_index(self, directory: Path, *, encoder: Any) -> tuple[int, int]:
         """Index the documents, each with its first line as its title; (documents, tokens)."""
+        from engram_lm.index.store import Store
         from engram_lm.library import Library, Text
 
         paths = sorted(self.documents.glob("*.md"))
         texts = [path.read_text(encoding="utf8") for path in paths]
-        with Library.create(directory, tokenizer=tokenizer, merging="by hand") as library:
+        store = Store.create(
+            directory, vocab_size=encoder.vocab_size, tokenizer=encoder.fingerprint, merging="by hand"
+        )
+        with Library(store, encoder) as library:
+            encoder.save(directory)
             added = library.add(
                 Text(id=path.name, text=text, source="handbook", extra={"title": title_of(text)})
                 for path, text in zip(paths, texts, strict=True)

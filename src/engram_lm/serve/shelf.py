@@ -3,7 +3,7 @@
 Readers hold snapshots, so a change waits for no generation and no generation for a change; and as the lock is free between
 changes, `engram-lm index add` in another terminal works, and is seen at the next question (`Store.refresh`).
 
-    shelf = Shelf(directory, tokenizer=tokenizer)
+    shelf = Shelf(directory, encoder=loaded.encoder)
     shelf.add([Text(id="leave.md", text="Annual leave is 31 days.")], replace=True)
     shelf.delete(["leave.md"])                     # Refusal 404 where it is not there
     shelf.page(limit=50, after=None); shelf.search("annual leave"); shelf.explain("Annual leave is")
@@ -15,13 +15,15 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.errors import ConfigError
+from engram_lm.errors import CheckpointError, ConfigError
+from engram_lm.index.manifest import MANIFEST
 from engram_lm.index.store import PUBLIC, Store
 from engram_lm.library.library import Hit, Library
 from engram_lm.serve.refusals import Refusal, shown
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
+    from engram_lm.library.encoding import TextEncoder
     from engram_lm.library.texts import Text
 
 LOCK_SECONDS = 5.0  # another writer is waited for
@@ -32,9 +34,11 @@ _TITLE = "title"
 class Shelf:
     """One index directory, its public documents."""
 
-    def __init__(self, directory: Path, *, tokenizer: Any) -> None:
+    def __init__(self, directory: Path, *, encoder: TextEncoder) -> None:
+        if not (directory / MANIFEST).exists():
+            raise CheckpointError(f"{directory} holds no index. Make one: engram-lm index create.")
         self.directory = directory
-        self.library = Library.open(directory, tokenizer=tokenizer)
+        self.library = Library(Store.open(directory, tokenizer=encoder.fingerprint), encoder)
         self._listed: tuple[Snapshot, list[tuple[str, int, int]]] | None = None
 
     def close(self) -> None:

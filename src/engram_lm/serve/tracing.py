@@ -1,6 +1,6 @@
 """A text token by token: what the tables read and let in, what the index knew, and what each took off the loss.
 
-Two forwards: tables off, tables on. Of token t: `tables` is what the model read at t (n-grams that end there) and let into
+One forward of two rows, the tables off in the first. Of token t: `tables` is what the model read at t (n-grams that end there) and let into
 the residual stream, which helps to predict t + 1; `index` and the losses are about t itself, given what came before it.
 
     trace_text(loaded, memory, "Alexander the Great", check=lambda: None)       # POST /api/trace
@@ -28,22 +28,14 @@ def trace_text(
     """The answer to POST /api/trace. mixed: of the index, None without one; check: raises where nobody waits any more."""
     import torch
 
-    from engram_lm.attachment import trace
-
     begun = time.perf_counter()
     ids = loaded.text_ids(text)
     ids_T = np.array(ids, np.int64)
-    ids_1T = torch.tensor([ids], device=loaded.device)
     check()
-    with torch.inference_mode(), loaded.tables(False):
-        logits_TV = _logits(loaded.model(ids_1T, use_cache=False))
-    off = _losses(ids_T, logits_TV)
-    check()
-    records: list[LayerTrace] = []
-    if loaded.has_tables:
-        with torch.inference_mode(), trace(loaded.model) as records:
-            logits_TV = _logits(loaded.model(ids_1T, use_cache=False))
+    off_TV, logits_TV, records = _both(loaded, torch.tensor([ids], device=loaded.device))
+    off = _losses(ids_T, off_TV)
     with_tables = _losses(ids_T, logits_TV) if loaded.has_tables else None
+    del off_TV
     check()
     known = None if mixed is None else mixed.of_text(ids_T, logits_TV)
     orders = sorted({*SEEN_ORDERS, *(order for record in records for order in record.orders)})
@@ -73,8 +65,42 @@ def trace_text(
     return {"ms": (time.perf_counter() - begun) * 1000, "tokens": tokens}
 
 
-def _logits(output: Any) -> np.ndarray:
-    return np.ascontiguousarray(output.logits[0].float().cpu().numpy())
+def _both(loaded: Loaded, ids_1T: Any) -> tuple[np.ndarray, np.ndarray, list[LayerTrace]]:
+    """Logits [T, V] without tables and with them, and what the tables did; the same logits twice where there are none.
+
+    Both are rows of one forward, which costs less than two: what a slot adds is taken away in the first row, where the
+    hidden states are then the base model's own.
+    """
+    import torch
+
+    from engram_lm.attachment import memories, trace
+
+    if not loaded.has_tables:
+        with torch.inference_mode():
+            logits_TV = _logits(loaded.model(ids_1T, use_cache=False).logits[0])
+        return logits_TV, logits_TV, []
+    hooks = [
+        slot.register_forward_hook(_silence_first_row)
+        for memory in memories(loaded.model).values()
+        for slot in memory.slots
+    ]
+    try:
+        with torch.inference_mode(), trace(loaded.model) as records:
+            logits_2TV = loaded.model(ids_1T.expand(2, -1), use_cache=False).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _logits(logits_2TV[0]), _logits(logits_2TV[1]), records
+
+
+def _silence_first_row(slot: Any, given: tuple, output: Any) -> Any:
+    delta = output.delta.clone()
+    delta[0] = 0
+    return output._replace(delta=delta)
+
+
+def _logits(logits_TV: Any) -> np.ndarray:
+    return np.ascontiguousarray(logits_TV.float().cpu().numpy())
 
 
 def _losses(ids_T: np.ndarray, logits_TV: np.ndarray) -> np.ndarray:
@@ -98,20 +124,20 @@ def _pieces(loaded: Loaded, ids: list[int]) -> list[str]:
 
 
 def _parts(loaded: Loaded, records: list[LayerTrace]) -> list[list[dict[str, Any]]]:
-    """For every memory layer one entry a token."""
+    """For every memory layer one entry a token, of the second row."""
     from functools import cache
 
     decode = cache(lambda ids: loaded.decode(list(ids)))
     found = []
     for record in records:
-        ids, heads = record.token_ids[0].tolist(), record.heads
-        norm_TO = np.linalg.norm(record.row_norm[0].reshape(len(ids), len(record.orders), heads), axis=-1)
-        address_TOH = record.address[0].reshape(len(ids), len(record.orders), heads)
+        ids, heads = record.token_ids[1].tolist(), record.heads
+        norm_TO = np.linalg.norm(record.row_norm[1].reshape(len(ids), len(record.orders), heads), axis=-1)
+        address_TOH = record.address[1].reshape(len(ids), len(record.orders), heads)
         layer = []
         for t in range(len(ids)):
             ngrams = []
             for o, order in enumerate(record.orders):
-                n = int(record.ngrams[0, t, o])
+                n = int(record.ngrams[1, t, o])
                 ngrams.append(
                     {
                         "order": order,
@@ -124,8 +150,8 @@ def _parts(loaded: Loaded, records: list[LayerTrace]) -> list[list[dict[str, Any
                 {
                     "memory": record.memory,
                     "layer": record.block,
-                    "gates": [_number(gate) for gate in record.gate[0, t]],
-                    "added": _number(record.share[0, t].max()),
+                    "gates": [_number(gate) for gate in record.gate[1, t]],
+                    "added": _number(record.share[1, t].max()),
                     "ngrams": ngrams,
                 }
             )

@@ -223,8 +223,8 @@ def _pretrained(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
     if looks_local and not Path(name).is_dir():
         raise CheckpointError(f"{name}: no such directory. Wanted what transformers' save_pretrained wrote.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
