@@ -9,12 +9,14 @@ import types
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
 from engram_lm import cli
 from engram_lm.errors import CheckpointError, ConfigError, DataError, IdentityError, MissingExtraError
 from engram_lm.library import Library, Text, library, read_texts
 from engram_lm.library.encoding import TextEncoder
 from engram_lm.train.recipes import byte_tokenizer
+from engram_lm.vocab import tokenizer_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,15 @@ def test_special_tokens_in_a_text_are_its_letters(tokenizer):
     assert special not in encoder.encode_all(["<|im_start|>"])[0]
     # the caller's tokenizer keeps its ways
     assert special in tokenizer.encode("<|im_start|>").ids
+    # markers that a tokenizer does not call special are split as well; other added tokens are words
+    chatty = Tokenizer.from_str(tokenizer.to_str())
+    chatty.add_tokens([AddedToken(word, special=False) for word in ("<tool_call>", "[INST]", "Orlando")])
+    ids = TextEncoder.of(chatty).encode("<tool_call>[INST]Orlando<|im_start|>")
+    added = [chatty.token_to_id(word) for word in ("<tool_call>", "[INST]", "Orlando", "<|im_start|>")]
+    assert [i in ids for i in added] == [False, False, True, False]
+    assert TextEncoder.of(chatty).decode(ids) == "<tool_call>[INST]Orlando<|im_start|>"
+    assert TextEncoder.of(chatty).fingerprint == tokenizer_fingerprint(chatty)
+    assert added[0] in chatty.encode("<tool_call>").ids
     assert encoder.fingerprint == TextEncoder.of(tokenizer).fingerprint
 
 

@@ -31,6 +31,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import struct
 import tempfile
 from collections.abc import Callable
@@ -43,6 +44,8 @@ import numpy as np
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
 
 DEAD = -1
+# <tool_call>, </think>, [INST]: markers of a chat format that not every tokenizer flags as special
+_MARKER = re.compile(r"</?[^<>\s][^<>]*>|\[/?[A-Z_]{2,}\]|.*tool.*", re.IGNORECASE | re.DOTALL)
 MAGIC = b"ENGRMAP\0"
 VERSION = 1
 # A private-use character that keeps a lone space from being stripped. A token that is this character becomes a space.
@@ -56,6 +59,12 @@ class TokenGroup(NamedTuple):
 
     canonical: int
     ids: tuple[int, ...]
+
+
+def is_marker(added_token: str) -> bool:
+    """Whether an added token marks turns or tools, whatever the tokenizer says of it: no word of a document, and none that
+    memory may say."""
+    return _MARKER.fullmatch(added_token.strip() or " ") is not None
 
 
 @dataclass(frozen=True, eq=False)

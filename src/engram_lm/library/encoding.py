@@ -1,4 +1,5 @@
 """Text ↔ ids of documents. A document's text never becomes a special token: "<|im_start|>" in it is encoded as its letters.
+So is "<tool_call>", which many tokenizers do not call special: else a document could go on where a model calls a tool.
 
 encoder = TextEncoder.of(tokenizer)      # transformers' fast tokenizer, tokenizers.Tokenizer, or where one is saved
 ids = encoder.encode("Annual leave is")
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.vocab import tokenizer_fingerprint
+from engram_lm.vocab import is_marker, tokenizer_fingerprint
 
 FILE = "tokenizer.json"
 
@@ -29,6 +30,7 @@ class TextEncoder:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
+        self._splitting = _all_special(self.backend)
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TextEncoder":
@@ -63,13 +65,13 @@ class TextEncoder:
 
     def encode(self, text: str) -> np.ndarray:
         """int64 ids of a text."""
-        return np.array(self.backend.encode(text, add_special_tokens=False).ids, np.int64)
+        return np.array(self._splitting.encode(text, add_special_tokens=False).ids, np.int64)
 
     def encode_all(self, texts: Iterable[str]) -> list[np.ndarray]:
         """`encode` of several, on all cores."""
         return [
             np.array(found.ids, np.uint32)
-            for found in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            for found in self._splitting.encode_batch_fast(list(texts), add_special_tokens=False)
         ]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -85,3 +87,18 @@ class TextEncoder:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+
+
+def _all_special(backend: Any) -> Any:
+    """The tokenizer with its markers flagged as special, so that they are split; the same one where they are already."""
+    added = backend.get_added_tokens_decoder().values()
+    if all(token.special or not is_marker(token.content) for token in added):
+        return backend
+    from tokenizers import Tokenizer
+
+    facts = json.loads(backend.to_str())
+    for token in facts["added_tokens"]:
+        token["special"] = token["special"] or is_marker(token["content"])
+    splitting = Tokenizer.from_str(json.dumps(facts))
+    splitting.encode_special_tokens = True
+    return splitting

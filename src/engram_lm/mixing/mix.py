@@ -15,7 +15,6 @@ probability the model gave them. Only for a fixed lambda: gates are fitted and b
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,10 +22,9 @@ import numpy as np
 
 from engram_lm.errors import ConfigError
 from engram_lm.mixing import onepass
+from engram_lm.vocab import is_marker
 
 Space = Literal["linear", "log"]
-# <tool_call>, </think>, [INST]: markers of a chat format that not every tokenizer flags as special
-_MARKER = re.compile(r"</?[^<>\s][^<>]*>|\[/?[A-Z_]{2,}\]|.*tool.*", re.IGNORECASE | re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +82,7 @@ def token_rules(
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     added = backend.get_added_tokens_decoder()
-    silent = {
-        i for i, token in added.items() if token.special or _MARKER.fullmatch(token.content.strip() or " ")
-    }
+    silent = {i for i, token in added.items() if token.special or is_marker(token.content)}
     silent |= {int(i) for i in getattr(tokenizer, "all_special_ids", ()) if i is not None}
     n_tokens = n_tokens or backend.get_vocab_size(with_added_tokens=True)
     return TokenRules(
