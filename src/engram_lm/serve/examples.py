@@ -1,7 +1,7 @@
 """What the page offers to begin with, for any model. A demo brings its own in examples.json, in the same form.
 
-look: texts to trace; think: prompts with candidates whose chances are compared; ask: prompts to generate from. Names may be
-{"en": ..., "zh": ...}.
+look: texts to trace; think: prompts with candidates whose chances are compared; ask: prompts to generate from, with chat
+true where they are a user's turn. Names may be {"en": ..., "zh": ...}.
 """
 
 import json

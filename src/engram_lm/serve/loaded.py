@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from engram_lm.library.encoding import TextEncoder
 
 _CONTENT = "\x00"
+_TITLES = {"smollm2": "SmolLM2-135M-Instruct"}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -143,13 +144,21 @@ class Loaded:
                 "trained_on": self.trained_on,
             }
         model = {
-            "name": self.name,
+            "name": self.title,
             "parameters": sum(parameter.numel() for parameter in own),
             "vocab_size": self.encoder.vocab_size,
             "device": str(self.device),
             "chat": self.can_chat,
         }
         return {"model": model, "tables": merged}
+
+    @cached_property
+    def title(self) -> str:
+        """What a person would call the model: its base, where that is known, and never a path."""
+        from engram_lm.attachment import _runtime
+
+        base = _runtime(self.model).base.name if self.has_tables else self.name
+        return _TITLES.get(base, Path(base).name or base)
 
     @cached_property
     def trained_on(self) -> str | None:

@@ -1,9 +1,10 @@
 """A text token by token: what the tables read and let in, what the index knew, and what each took off the loss.
 
-One forward of two rows, the tables off in the first. Of token t: `tables` is what the model read at t (n-grams that end there) and let into
-the residual stream, which helps to predict t + 1; `index` and the losses are about t itself, given what came before it.
+One forward of two rows, the tables off in the first. Of token t: `tables` is what the model read at t (n-grams that end
+there) and let into the residual stream, which helps to predict t + 1; `index` and the losses are about t itself, given what
+came before it.
 
-    trace_text(loaded, memory, "Alexander the Great", check=lambda: None)       # POST /api/trace
+    trace_text(loaded, mixed, "Alexander the Great", check=lambda: None)       # POST /api/trace
 """
 
 from __future__ import annotations
