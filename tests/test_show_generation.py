@@ -108,9 +108,14 @@ def test_a_cap_on_verbatim_runs_ends_them(base, index, capsys):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--drafts"], "--drafts, --session, --most-verbatim and --strict belong to --index"),
+        (["--drafts"], "--strict and --count belong to"),
         (["--index", "{i}", "--lam", "0.5", "--most-verbatim", "0"], "from 1 on; got 0"),
         (["--index", "{i}", "--lam", "0.5", "--strict"], "--strict is about a gate"),
+        (
+            ["--index", "{i}", "--lam", "0.5", "--count", "tokens"],
+            "--count is documents, sources, or sources:",
+        ),
+        (["--count", "sources"], "--strict and --count belong to"),
     ],
 )
 def test_what_has_no_effect_is_refused(base, index, options, said, capsys):
@@ -119,13 +124,29 @@ def test_what_has_no_effect_is_refused(base, index, options, said, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [["--drafts"], ["--session"], ["--most-verbatim", "9"]])
+@pytest.mark.parametrize(
+    "option", [["--drafts"], ["--session"], ["--most-verbatim", "9"], ["--count", "sources"]]
+)
 def test_a_question_that_is_pointed_at_refuses_them(base, index, option, capsys):
     pytest.importorskip("bm25s")
     ask = ["generate", str(base[0]), "What is the office dog called?", "--index", str(index), *option]
     assert cli.run(ask) == cli.REFUSED
-    assert "where --drafts, --session and --most-verbatim have no effect" in capsys.readouterr().err
+    assert "--most-verbatim and --count have no effect" in capsys.readouterr().err
     assert cli.run([*ask, "--lam", "0.9", "--max-new-tokens", "2"]) == 0
+
+
+def test_one_author_has_one_voice_where_sources_count(base, tmp_path, capsys):
+    index = tmp_path / "i"
+    with Library.create(index, tokenizer=base[2]) as library:
+        for k in range(2):
+            library.add([Text(id=f"honest {k}", text="The key is amber.", extra={"author": f"{k}"})])
+        library.add(
+            [Text(id=f"evil {k}", text="The key is zinc.", extra={"author": "mallory"}) for k in range(9)]
+        )
+    options = {"prompt": "The key is", "n": "6"}
+    assert "zinc" in generate(base, index, capsys, **options).out
+    assert "zinc" in generate(base, index, capsys, "--count", "sources", **options).out
+    assert "amber" in generate(base, index, capsys, "--count", "sources:author", **options).out
 
 
 def a_gate(snapshot):

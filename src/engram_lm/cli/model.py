@@ -211,6 +211,7 @@ def generate(
     session: Flag = False,
     most_verbatim: int | None = None,
     strict: Flag = False,
+    count: str | None = None,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int | None = None,
@@ -253,6 +254,9 @@ def generate(
         After so many generated tokens in a row that are a document's own, memory is silent for one.
     strict
         Refuse a gate that was fitted on documents which are no longer in the index.
+    count
+        What counts once for each continuation: documents (the shipped gate's way), sources, or sources:FIELD with a field
+        that documents were added with, such as author: whoever it names has one voice.
     max_new_tokens
         Most tokens that are generated.
     temperature
@@ -293,6 +297,7 @@ def generate(
         session=session,
         most_verbatim=most_verbatim,
         strict=strict,
+        count=count,
         heat=heat,
         block=block,
         branch=branch,

@@ -29,6 +29,7 @@ def generate_command(
     session: bool = False,
     most_verbatim: int | None = None,
     strict: bool = False,
+    count: str | None = None,
     heat: Quantity | None = None,
     block: int | None = None,
     branch: int | None = None,
@@ -57,11 +58,11 @@ def generate_command(
         raise ConfigError("--cache-mb belongs to --tier cached, and to that alone.")
     flags = (flag or None for flag in (drafts, session, strict))
     if index is None and any(
-        value is not None for value in (gate, lam, tenant, documents, top_k, most_verbatim, *flags)
+        value is not None for value in (gate, lam, tenant, documents, top_k, most_verbatim, count, *flags)
     ):
         raise ConfigError(
-            "--gate, --lam, --tenant, --documents, --top-k, --drafts, --session, --most-verbatim and --strict belong to "
-            "--index."
+            "--gate, --lam, --tenant, --documents, --top-k, --drafts, --session, --most-verbatim, --strict and --count "
+            "belong to --index."
         )
     if strict and lam is not None:
         raise ConfigError("--strict is about a gate; --lam is none.")
@@ -91,6 +92,7 @@ def generate_command(
             index, model=model, tokenizer=tokenizer, gate=gate, lam=lam, tenant=tenant or "public",
             prompt=prompt, chat=chat, documents=documents or ["auto"], top_k=top_k or 0, drafts=drafts,
             session=SESSION_TOKENS if session else "off", most_verbatim=most_verbatim, strict=strict,
+            count=count,
         )
     )  # fmt: skip
     options = {

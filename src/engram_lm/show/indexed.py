@@ -8,6 +8,7 @@ other text, and a question that no document is about, the whole index.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +36,7 @@ class Indexed:
     documents: ["auto"], ["all"] or ids. top_k: how many documents of a question; 0 where it was not given. library: of the
     directory, where it is open already. drafts, session, most_verbatim: of `mixing.speculate` and `memory_processor`; they
     need documents mixed in, and a question that is answered by pointing refuses them. strict: refuse a gate that was fitted
-    on documents which are gone, instead of saying so.
+    on documents which are gone, instead of saying so. count: of `Snapshot.distribution`, instead of the gate's.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Indexed:
         session: int | Literal["off"] = "off",
         most_verbatim: int | None = None,
         strict: bool = False,
+        count: str | None = None,
     ) -> None:
         from engram_lm.library import Library
         from engram_lm.mixing.trained import told
@@ -68,13 +70,16 @@ class Indexed:
         self._choose(prompt, chat, list(documents), top_k, tenant, mixing=gate is not None or lam is not None)
         self.drafts, self.session, self.most_verbatim = drafts, session, most_verbatim
         self.gate: Lambda | None = None
-        if self.focus and (drafts or session != "off" or most_verbatim is not None):
+        if self.focus and (drafts or session != "off" or most_verbatim is not None or count is not None):
             raise ConfigError(
-                "This question is answered by naming words of a sentence, where --drafts, --session and --most-verbatim have "
-                "no effect: mix the documents in with --gate or --lam, or ask the whole index with --documents all."
+                "This question is answered by naming words of a sentence, where --drafts, --session, --most-verbatim and "
+                "--count have no effect: mix the documents in with --gate or --lam, or ask the whole index with --documents "
+                "all."
             )
         if not self.focus:
             self.gate = chosen_gate(gate, lam, self.snapshot, model=model, tokenizer=tokenizer)
+            if count is not None:
+                self.gate = counting(self.gate, count)
             if gone := told(self.gate, self.library.store.snapshot(tenant)):
                 if strict:
                     raise ConfigError(gone)
@@ -238,6 +243,15 @@ def chosen_gate(
             f"No gate is shipped for this model ({error}) Give --lam 0.3, say, or fit one: engram-lm gate fit."
         ) from None
     return gate
+
+
+def counting(gate: Lambda, count: str) -> Lambda:
+    """The gate with another way of counting P_memory: the same numbers where no source says a thing in two documents."""
+    if count == "tokens" or (count != "documents" and count.partition(":")[0] != "sources"):
+        raise ConfigError(
+            f"--count is documents, sources, or sources: and a field of the documents; got {count!r}."
+        )
+    return replace(gate, reading=replace(gate.reading, count=count))  # type: ignore[type-var]
 
 
 def load_any(name: str) -> tuple[Any, Any]:
