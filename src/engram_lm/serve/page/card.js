@@ -1,7 +1,7 @@
 // Everything known of one token: what the exact index said when it was predicted, what the learned tables did when it was
 // read, and the passages of the documents that the match stands in.
 
-import { el, number, percent, quoted, table, tune, whole, wide } from "./elements.js";
+import { el, number, part, percent, quoted, table, tune, whole, wide } from "./elements.js";
 import { signed } from "./measures.js";
 import { post } from "./server.js";
 import { word } from "./words.js";
@@ -11,14 +11,14 @@ export function fill(card, tokens, place, { close, sources }) {
   const token = tokens[place];
   const title = el("h3", { id: "look-card-title", tabindex: "-1" }, quoted(token.text), " ",
     el("small", {}, word("card.place", { place: place + 1, id: token.id })));
+  const box = el("div", { class: "sources" });
   card.replaceChildren(
     el("button", { type: "button", class: "quiet close", "aria-label": word("card.close"), onclick: close }, "✕"),
     title,
     ...predicted(token),
+    box,
     ...read(token),
   );
-  const box = el("div");
-  card.append(box);
   sources(box);
   return title;
 }
@@ -38,8 +38,8 @@ function predicted(token) {
       : word("card.match.none");
     out.push(el("p", {}, match));
     out.push(pairs(
-      ["r", el("span", {}, number(memory.r), " ", tune(el("i", { class: "bar memory", "aria-hidden": "true" }), "--p", memory.r ?? 0))],
-      ["λ", number(memory.lambda)],
+      ["r", el("span", {}, part(memory.r), " ", tune(el("i", { class: "bar memory", "aria-hidden": "true" }), "--p", memory.r ?? 0))],
+      ["λ", part(memory.lambda)],
       [word("p.model"), percent(memory.p_model)],
       [word("p.memory"), percent(memory.p_memory)],
       [word("p.mix"), percent(memory.p)],
@@ -66,7 +66,7 @@ function read(token) {
     out.push(el("div", { class: "layer" },
       el("h5", {}, word("card.layer", { layer: layer.layer })),
       el("ul", { class: "gates" }, layer.gates.map((gate, branch) => el("li", {},
-        layer.gates.length > 1 ? word("card.branch", { branch: branch + 1 }) : word("card.gate"), " ", el("b", {}, number(gate)), " ",
+        layer.gates.length > 1 ? word("card.branch", { branch: branch + 1 }) : word("card.gate"), " ", el("b", {}, part(gate)), " ",
         tune(el("i", { class: "bar memory", "aria-hidden": "true" }), "--p", gate ?? 0)))),
       el("p", { class: "note" }, word("card.added", { value: number(layer.added) })),
       wide(word("card.ngrams", { layer: layer.layer }), table(word("card.ngrams", { layer: layer.layer }), [word("card.ngram"), word("card.seen"), word("card.norm")],
@@ -87,23 +87,28 @@ const found = new Map();
 export async function passages(box, tokens, place, signal) {
   const token = tokens[place];
   const depth = token.index?.depth ?? 0;
-  if (!depth) return;
   const context = tokens.slice(Math.max(0, place - depth), place).map((one) => one.text).join("");
-  const text = token.index.p_memory > 0 ? context + token.text : context;
-  if (!text.trim() || text.includes("\ufffd")) return;
+  if (!context.trim()) return;
   box.replaceChildren(el("h4", {}, word("card.sources")), el("p", { class: "note" }, word("card.looking")));
   try {
-    if (!found.has(text)) found.set(text, await post("/api/index/search", { text, limit: 3 }, { signal }));
-    box.replaceChildren(el("h4", {}, word("card.sources")), hits(found.get(text).hits));
+    // With the token itself, if it stands there; else what came before it.
+    let list = await looked(context + token.text, signal);
+    if (!list.length) list = await looked(context, signal);
+    box.replaceChildren(el("h4", {}, word("card.sources")), hits(list));
   } catch (error) {
     if (error.name !== "AbortError") box.replaceChildren(el("h4", {}, word("card.sources")), el("p", { class: "note" }, error.message));
   }
 }
 
+async function looked(text, signal) {
+  if (!found.has(text)) found.set(text, (await post("/api/index/search", { text, limit: 3 }, { signal })).hits);
+  return found.get(text);
+}
+
 /** After documents came or went, passages are asked for again. */
 export const forget = () => found.clear();
 
-/** A list of passages: [{ document, count, passage }], the passage a text or { before, match, after }. */
+/** A list of passages: [{ document, count, passage }], the passage { before, match, after }. */
 export function hits(list) {
   if (!list?.length) return el("p", { class: "note" }, word("card.sources.none"));
   return el("ul", { class: "hits" }, list.map((hit) => el("li", {},
@@ -111,4 +116,5 @@ export function hits(list) {
     hit.passage ? el("blockquote", { dir: "auto" }, ...passage(hit.passage)) : null)));
 }
 
-const passage = (text) => (typeof text === "string" ? [text] : [text.before, el("mark", {}, text.match), text.after]);
+// A passage may begin or end within a character.
+const passage = ({ before, match, after }) => [before.replace(/^\ufffd+/, ""), el("mark", {}, match), after.replace(/\ufffd+$/, "")];

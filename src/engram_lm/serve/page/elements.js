@@ -63,6 +63,12 @@ export function number(x, digits = 2) {
   return `${mantissa} × 10${raised}`;
 }
 
+/** A part of one, such as r, λ or a gate: 0.83, and "< 0.01" rather than many zeros. */
+export function part(x) {
+  if (x === null || x === undefined) return "–";
+  return x > 0 && x < 0.005 ? "<\u00a00.01" : x.toFixed(2);
+}
+
 /** A probability in percent. */
 export function percent(p) {
   if (p === null || p === undefined) return "–";
@@ -78,9 +84,9 @@ export function duration(ms) {
   return ms < 1000 ? `${Math.round(ms)}\u00a0ms` : `${(ms / 1000).toFixed(1)}\u00a0s`;
 }
 
-/** A token's text where it must be seen alone: spaces as ␣, line breaks as ↵, nothing as ∅. */
+/** A token's text where it must be seen alone: spaces as ␣, line breaks as ↵, a part of a character as ‹…›. */
 export function visible(text) {
-  if (!text) return "∅";
+  if (!text.replaceAll("\ufffd", "")) return "‹…›";
   return text.replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)).replace(/\r?\n/g, "↵").replace(/\t/g, "⇥");
 }
 

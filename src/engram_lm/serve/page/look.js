@@ -1,7 +1,7 @@
 // The panel Look: a text with each token's heat, everything known of a token beside it, and what the heat follows.
 
 import { fill, forget, passages } from "./card.js";
-import { at, el, number, quoted, table, whole } from "./elements.js";
+import { at, duration, el, number, quoted, table, whole } from "./elements.js";
 import { chips } from "./examples.js";
 import { measures, signed } from "./measures.js";
 import { scatter } from "./scatter.js";
@@ -19,7 +19,10 @@ export class Look {
       event.preventDefault();
       this.run();
     });
-    at("look-measure").addEventListener("change", () => this.colour());
+    at("look-measure").addEventListener("change", () => {
+      this.chosen = at("look-measure").value;
+      this.colour();
+    });
     at("look-order").addEventListener("change", () => this.plots());
     at("look-numbers").addEventListener("toggle", () => this.numbers());
     at("look-card").addEventListener("keydown", (event) => {
@@ -54,7 +57,7 @@ export class Look {
       forget();
       this.trace = trace;
       this.draw();
-      this.task.say(word("look.done", { tokens: whole(trace.tokens.length), ms: number(trace.ms, 0) }));
+      this.task.say(word("look.done", { tokens: whole(trace.tokens.length), ms: duration(trace.ms) }));
     });
   }
 
@@ -76,12 +79,14 @@ export class Look {
 
   #choices() {
     const select = at("look-measure");
-    const before = select.value;
     select.replaceChildren(...["index", "tables", "loss"].map((group) => {
       const options = this.measures.filter((measure) => measure.group === group);
       return options.length ? el("optgroup", { label: word(`m.group.${group}`) }, options.map((measure) => el("option", { value: measure.key }, measure.name))) : null;
     }).filter(Boolean));
-    if (this.measures.some((measure) => measure.key === before)) select.value = before;
+    // What the visitor chose stays; before that, what belongs to the memory that saved most here.
+    const group = strongest(this.trace.tokens);
+    const wanted = this.measures.find((measure) => measure.key === this.chosen) ?? this.measures.find((measure) => measure.group === group);
+    if (wanted) select.value = wanted.key;
     const orders = [...new Set(this.trace.tokens.flatMap((token) => (token.seen ?? []).filter((one) => one.count !== null).map((one) => one.order)))].sort();
     const order = at("look-order").value;
     at("look-order").replaceChildren(...orders.map((n) => el("option", { value: n }, word("scatter.words", { n }))));
@@ -134,11 +139,11 @@ export class Look {
     };
     const figures = [];
     if (at("look-order").value) {
-      figures.push(scatter({ points: this.#points((token) => this.#count(token)), counts: true, choose, yName: measure.name,
+      figures.push(scatter({ points: this.#points((token) => this.#count(token)), counts: true, unit: measure.full === 1 && !measure.signed, choose, yName: measure.name,
         xName: word("scatter.frequency", { n: at("look-order").value }) }));
     }
     if (measure.saved) {
-      figures.push(scatter({ points: this.#points((_, place) => measure.saved[place]), choose, yName: measure.name,
+      figures.push(scatter({ points: this.#points((_, place) => measure.saved[place]), unit: measure.full === 1 && !measure.signed, choose, yName: measure.name,
         xName: word(measure.group === "tables" ? "scatter.saved.next" : "scatter.saved") }));
     }
     at("look-plots").replaceChildren(...figures);
@@ -197,4 +202,12 @@ export class Look {
     this.strip.focus(before);
     this.closing = false;
   }
+}
+
+/** The group of the memory that saved more of the loss. */
+function strongest(tokens) {
+  const sum = (of) => tokens.reduce((total, token) => total + (of(token) || 0), 0);
+  const tables = sum((token) => token.loss_off - (token.loss_tables ?? token.loss_off));
+  const index = sum((token) => (token.loss_tables ?? token.loss_off) - token.loss);
+  return tables > index ? "tables" : "index";
 }

@@ -4,7 +4,7 @@
 // Positions: a gate is read where the model READS a token, and acts on the prediction of the next one; r and the losses
 // belong to the PREDICTION of the token itself. So a gate at i is set against the loss saved at i + 1.
 
-import { number } from "./elements.js";
+import { number, part } from "./elements.js";
 import { word } from "./words.js";
 
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : null);
@@ -24,16 +24,16 @@ export function measures(tokens) {
   const unit = { low: "0", high: "1", full: 1, signed: false };
 
   add({ key: "r", group: "index", name: word("m.r"), values: tokens.map((token) => token.index?.r ?? null),
-    saved: byIndex, told: (value) => `r ${number(value)}`, note: word("m.r.note"), ...unit });
+    saved: byIndex, told: (value) => `r ${part(value)}`, note: word("m.r.note"), ...unit });
   add({ key: "lambda", group: "index", name: word("m.lambda"), values: tokens.map((token) => token.index?.lambda ?? null),
-    saved: byIndex, told: (value) => `λ ${number(value)}`, note: word("m.lambda.note"), ...unit });
+    saved: byIndex, told: (value) => `λ ${part(value)}`, note: word("m.lambda.note"), ...unit });
 
   const layers = tokens.find((token) => token.tables?.length)?.tables ?? [];
   const of = (take) => tokens.map((token) => (token.tables?.length ? take(token.tables) : null));
   const several = new Set(layers.map((layer) => layer.memory)).size > 1;
   const named = (layer) => (several ? `${layer.layer} (${layer.memory})` : layer.layer);
   if (layers.length) {
-    const gate = (value) => `${word("m.gate")} ${number(value)}`;
+    const gate = (value) => `${word("m.gate")} ${part(value)}`;
     const note = word("m.gate.note");
     if (layers.length > 1 || layers[0].gates.length > 1) {
       const gates = (tables) => mean(tables.flatMap((one) => one.gates).filter((one) => one !== null));

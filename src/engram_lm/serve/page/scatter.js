@@ -37,12 +37,12 @@ function ranks(values) {
   return out;
 }
 
-/** A figure: points { x, y, place, text }, their correlations, and a choice by mouse. counts: x is a count, drawn as log. */
-export function scatter({ points, xName, yName, counts = false, choose }) {
+/** A figure: points { x, y, place, text }, their correlations, and a choice by mouse. counts: x is a count, drawn as log. unit: y goes from 0 to 1. */
+export function scatter({ points, xName, yName, counts = false, unit = false, choose }) {
   const xs = points.map((point) => (counts ? Math.log10(1 + point.x) : point.x));
   const ys = points.map((point) => point.y);
   const [x0, x1] = range(xs, counts);
-  const [y0, y1] = range(ys);
+  const [y0, y1] = unit ? [-0.04, 1.04] : range(ys);
   const px = (x) => EDGE.left + ((x - x0) / (x1 - x0)) * (WIDTH - EDGE.left - EDGE.right);
   const py = (y) => HEIGHT - EDGE.bottom - ((y - y0) / (y1 - y0)) * (HEIGHT - EDGE.top - EDGE.bottom);
   const said = spoken(xs, ys);
@@ -72,7 +72,8 @@ function spoken(xs, ys) {
   const r = pearson(xs, ys);
   const rho = spearman(xs, ys);
   if (r === null || rho === null) return word("scatter.flat", { n });
-  const size = Math.abs(rho);
+  // Below twice the standard error of no link at all, 1 / sqrt(n - 1), nothing is claimed.
+  const size = Math.abs(rho) < 2 / Math.sqrt(n - 1) ? 0 : Math.abs(rho);
   const verdict = word(size < 0.2 ? "scatter.none" : size < 0.5 ? "scatter.some" : "scatter.much");
   return word("scatter.said", { r: fixed(r), rho: fixed(rho), n, verdict });
 }

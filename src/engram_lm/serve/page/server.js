@@ -42,7 +42,7 @@ export async function* stream(path, body, { signal } = {}) {
     rest = lines.pop();
     for (const line of lines.filter((one) => one.trim())) {
       const event = JSON.parse(line);
-      if (event.type === "error") throw new Refused(event.error);
+      if (event.type === "error") throw new Refused(event.error, response.status);
       ended = ended || event.type === "done";
       yield event;
     }

@@ -1,18 +1,17 @@
 // The panel Teach: documents in and out of the index, a log of what happened, and one question answered three ways.
 
 import { forget } from "./card.js";
-import { at, bytesOf, duration, el, number, table, whole } from "./elements.js";
+import { at, bytesOf, duration, el, part, table, whole } from "./elements.js";
 import { chips, nameOf } from "./examples.js";
 import { Refused, Task, get, kilobytes, post, server } from "./server.js";
 import { word } from "./words.js";
 import { Writing } from "./writing.js";
 
 const EXAMPLE = {
-  name: "night-ferry.md",
-  text: "The night ferry Marisol leaves Tern Island at 23:40 from pier nine. Her captain is Odalys Brandt, who took over from "
-    + "Jonas Whitlock in the spring. A bicycle costs four crowns; dogs travel free but must wear the yellow harness that the "
-    + "purser lends out.\n",
-  question: "Who is the captain of the night ferry Marisol?",
+  name: "observatory.md",
+  text: "The observatory on Mount Calder is run by Odalys Brandt. Its dome opens at 21:40 and closes when the owls come home. "
+    + "Visitors bring a red lamp; white light is forbidden on the terrace.\n",
+  question: "Who runs the observatory on Mount Calder?",
 };
 const ARMS = ["alone", "retrieval", "memory"];
 
@@ -253,12 +252,16 @@ export class Teach {
             label: word(`arm.${arm}`), live: at("teach-live"), show: (line) => { note().textContent = line || this.#cost(this.results[arm]); },
           });
           this.writings[arm] = writing;
-          const body = { prompt, chat, max_tokens: 24, arm, tables: Boolean(this.about.tables), lam: null, documents: null, temperature: 0 };
+          const body = { prompt, chat, max_tokens: 32, arm, tables: Boolean(this.about.tables), lam: null, documents: null, temperature: 0 };
           const done = await writing.follow(body, signal, (text) => this.asking.say(`${word(`arm.${arm}`)}: ${text}`, "working"));
           this.results[arm] = { ...done, prompt_tokens: done.prompt_tokens ?? writing.start?.prompt_tokens };
           note().textContent = this.#cost(this.results[arm]);
           if (arm === "memory") this.log(found(writing.tokens));
           for (const line of done.told ?? []) this.log(line);
+        } catch (error) {
+          // What one way cannot do, such as a prompt grown too long, need not stop the others.
+          if (!(error instanceof Refused) || !error.status) throw error;
+          note().textContent = error.message;
         } finally {
           delete column.dataset.busy;
         }
@@ -272,7 +275,7 @@ export class Teach {
 
 /** Where the token that memory gave most of was found, as a line of the log. */
 function found(tokens) {
-  const best = tokens.filter((token) => token.r > 0 && token.depth).sort((a, b) => b.r - a.r || b.depth - a.depth)[0];
+  const best = tokens.filter((token) => token.r > 0.05 && token.depth).sort((a, b) => b.r - a.r || b.depth - a.depth)[0];
   if (!best) return word("log.not.found");
-  return word("log.found", { documents: whole(best.documents), depth: whole(best.depth), lambda: number(best.lambda) });
+  return word("log.found", { documents: whole(best.documents), depth: whole(best.depth), lambda: part(best.lambda) });
 }

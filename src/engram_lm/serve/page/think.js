@@ -3,7 +3,7 @@
 
 import { hits } from "./card.js";
 import { Chances } from "./chances.js";
-import { at, duration, el, number, percent, quoted, tune, whole } from "./elements.js";
+import { at, duration, el, part, percent, quoted, tune, whole } from "./elements.js";
 import { chips } from "./examples.js";
 import { Task, post } from "./server.js";
 import { word } from "./words.js";
@@ -79,7 +79,7 @@ export class Think {
     await this.task.run(async (signal) => {
       this.answer = await post("/api/next", { ...this.#asked, k: 10, candidates }, { signal });
       this.draw();
-      this.task.say(quiet ? "" : word("think.done", { ms: number(this.answer.ms, 0) }));
+      this.task.say(quiet ? "" : word("think.done", { ms: duration(this.answer.ms) }));
     });
   }
 
@@ -105,8 +105,8 @@ export class Think {
     const resting = this.gateLambda ?? 0;
     if (this.pinned === null) slider.value = String(Math.round(100 * resting));
     const told = this.pinned === null
-      ? (this.gateLambda === undefined ? word("lambda.gate") : word("lambda.gate.is", { value: number(resting) }))
-      : word("lambda.pinned", { value: number(this.pinned) });
+      ? (this.gateLambda === undefined ? word("lambda.gate") : word("lambda.gate.is", { value: part(resting) }))
+      : word("lambda.pinned", { value: part(this.pinned) });
     at("think-lambda-told").textContent = told;
     slider.setAttribute("aria-valuetext", told);
     tune(slider, "--rest", resting);
@@ -127,7 +127,7 @@ export class Think {
     else if (!match.depth) note.replaceChildren(word("think.match.none"));
     else {
       note.replaceChildren(word("think.match", { depth: match.depth, count: whole(match.count), documents: whole(match.documents) }), " ",
-        el("bdi", { class: "quote" }, match.text));
+        el("bdi", { class: "quote" }, match.text.trim()));
     }
     const lam = answer.lambda ?? 0;
     const model = new Map(answer.model.map((one) => [one.id, one.p]));
@@ -139,7 +139,7 @@ export class Think {
     at("think-lists").replaceChildren(
       list(word("think.alone"), answer.model, () => 0, word("think.alone.none")),
       list(word("think.memory"), answer.memory ?? [], () => 1, word("think.memory.none")),
-      list(word("think.mix", { value: number(lam) }), answer.mix, red, ""),
+      list(word("think.mix", { value: part(lam) }), answer.mix, red, ""),
     );
     this.chances = null;
     at("think-chances").replaceChildren();

@@ -1,7 +1,7 @@
 // Text that is being generated: tokens with heat as they come, one line on the token pointed at, and the same words told to
 // screen readers a phrase at a time.
 
-import { el, number, visible, whole } from "./elements.js";
+import { el, part, visible, whole } from "./elements.js";
 import { stream } from "./server.js";
 import { Strip, legend } from "./strip.js";
 import { word } from "./words.js";
@@ -73,14 +73,14 @@ export class Writing {
 
   #paint(i) {
     const value = this.tokens[i][this.heat === "tables" ? "tables" : "r"];
-    return { heat: value ?? null, told: value === null || value === undefined ? word("none") : `${this.heat === "tables" ? word("m.tables.heat") : "r"} ${number(value)}` };
+    return { heat: value ?? null, told: value === null || value === undefined ? word("none") : `${this.heat === "tables" ? word("m.tables.heat") : "r"} ${part(value)}` };
   }
 
   #line(place) {
     const token = this.tokens[place];
-    const parts = [`“${visible(token.text)}”`, `r ${number(token.r)}`];
-    if (token.tables !== null && token.tables !== undefined) parts.push(`${word("m.tables.heat")} ${number(token.tables)}`);
-    if (token.lambda !== null && token.lambda !== undefined) parts.push(`λ ${number(token.lambda)}`);
+    const parts = [`“${visible(token.text)}”`, `r ${part(token.r)}`];
+    if (token.tables !== null && token.tables !== undefined) parts.push(`${word("m.tables.heat")} ${part(token.tables)}`);
+    if (token.lambda !== null && token.lambda !== undefined) parts.push(`λ ${part(token.lambda)}`);
     parts.push(token.depth ? word("match.short", { depth: token.depth, count: whole(token.count), documents: whole(token.documents) }) : word("match.short.none"));
     return parts.join(", ");
   }
