@@ -56,7 +56,7 @@ def told(library, base):
         gate = FixedLambda(0.9, reading=Reading(count="documents"))
         for session in ("off", 512):
             said = speculate(
-                model, ids, snapshot, gate, rules=rules, max_new_tokens=16, session=session, worth=0.05
+                model, ids, snapshot, gate, rules=rules, max_new_tokens=8, session=session, worth=0.05
             )
             found.append(said.tokens)
             processor = memory_processor(
@@ -65,7 +65,7 @@ def told(library, base):
             found.append(Guesser(processor, most=8, worth=0.01).guess(ids, 8))
             drafts = Drafts(processor)
             out = model.generate(
-                torch.tensor(ids)[None], logits_processor=[processor], custom_generate=drafts, max_new_tokens=12,
+                torch.tensor(ids)[None], logits_processor=[processor], custom_generate=drafts, max_new_tokens=6,
                 do_sample=False, pad_token_id=0,
             )  # fmt: skip
             found.append(out.tolist())

@@ -60,7 +60,7 @@ def large():
     names = ("mallory", "alice", "", "bob")
     return [
         [(np.minimum(rng.zipf(1.3, n) - 1, V - 1), names[(s + i) % 4]) for i, n in enumerate(sizes)]
-        for s, sizes in enumerate([(900, 0, 500, 700, 90), (600, 800), (40,), (5, 6, 7), (1200, 300, 10)])
+        for s, sizes in enumerate([(300, 0, 200, 250, 90), (200, 300), (40,), (5, 6, 7), (400, 100, 10)])
     ]
 
 
@@ -69,10 +69,10 @@ def test_a_source_counts_once_over_all_segments(large, cap):
     dead = ((0, 2), (4, 1))
     memory = a_snapshot(large, dead=dead)
     rng = np.random.default_rng(1)
-    ids = np.concatenate([large[0][0][0][100:130], rng.integers(0, 5, 30), [0, 1, 0, 0, 1]])
+    ids = np.concatenate([large[0][0][0][100:130], rng.integers(0, 5, 20), [0, 1, 0, 0, 1]])
     for _ in range(2):  # the second time lists are remembered
         scores = memory.score(ids, count="sources", cap=cap)
-        for t in range(0, len(ids), 3):
+        for t in range(0, len(ids), 7):
             wanted = by_hand(large, ids[:t], cap=cap, dead=dead)
             found = memory.distribution(ids[:t], count="sources", cap=cap)
             np.testing.assert_allclose(found.p, wanted, rtol=2e-5, atol=1e-8)
