@@ -69,6 +69,14 @@ def test_logits_without_a_sum_are_left_alone(broken):
     assert out.tobytes() == logits.tobytes()
 
 
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_memory_without_a_sum_is_left_out(broken):
+    logits, q, out = a_row(2), a_memory(2)[:280].copy(), np.zeros(300, np.float32)
+    q[50] = broken
+    assert mix(logits, q, lam=0.5, out=out).lam == 0
+    assert out.tobytes() == logits.tobytes()
+
+
 def test_special_tokens_get_nothing_and_end_goes_where_the_rules_say():
     logits = np.zeros(300, np.float32)
     p = np.zeros(281, np.float32)

@@ -112,7 +112,7 @@ def mix(
 ) -> Mixture:
     """Write the mixture of float32 logits [V] and memory's q [M] to `out` (may be the logits); q sums to at most 1.
 
-    Nothing is written but a copy where lam is 0, memory has no allowed token, or the logits have no finite sum.
+    Nothing is written but a copy where lam is 0, memory has no allowed token, or the logits or q have no finite sum.
     `lse`: where `onepass.survey` has been called already.
     """
     if not 0 <= lam < 1:
@@ -120,7 +120,8 @@ def mix(
     if lse is None:
         lse = float(onepass.survey(logits_V)[2])
     kept = float(onepass.allowed_mass(logits_V, q_M)) if lam and np.isfinite(lse) else 0.0
-    if kept <= 0:
+    # what a damaged segment says may be no number
+    if not 0 < kept < np.inf:
         if out is not logits_V:
             out[:] = logits_V
         return Mixture(0.0, kept, lse)
