@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "serve.json"
 WISHES = {"ready_s": 15.0, "first_token_ms": 500.0, "trace_ms": 1000.0}
 # 20 tokens of SmolLM2's tokenizer
-PROMPT = "The company was sold for one crown in 1952 and bought back by its own"
+PROMPT = "The company was sold for one crown in 1952 and bought back by its own workers"
 AT_ONCE, TABS = 8, 56
 TICKS = os.sysconf("SC_CLK_TCK")
 

@@ -41,6 +41,9 @@ def serve_command(
 ) -> int:
     """Serve until Ctrl-C or SIGTERM; the exit code. prepare_only: load everything once, so that the next start is short."""
     steps = Steps()
+    # before torch is there: threads that wait for each other by spinning take turns with browsers on a small machine, and a
+    # token then costs eight times as much
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _require_options(model, index=index, gate=gate, lam=lam, quiz=quiz, port=port)
     try:
         import uvicorn
@@ -68,6 +71,8 @@ def serve_command(
 
     def prepare(service: Service) -> None:
         preparing(service)
+        if service.engine.closing:
+            return
         steps.total(f"ready: open {address} in a browser" + (" (it asks for the key)" if access.key else ""))
         print("Ctrl-C stops the server.", flush=True)
         if open_page:

@@ -117,6 +117,10 @@ class Engine:
         return self._running is not None
 
     @property
+    def closing(self) -> bool:
+        return self._closing
+
+    @property
     def waiting(self) -> int:
         return len(self._line)
 

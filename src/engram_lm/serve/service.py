@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,14 +49,17 @@ class Service:
         self.started_ms = 0.0
         self._begun = time.perf_counter() if begun is None else begun
         self._ready = False
+        self._whole = threading.Event()
         self._pending = 0
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="engram reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="engram writer")
         self.engine = Engine(
             waiting=self.limits.waiting, prepare=functools.partial(self._prepare, prepare), failed=failed
         )
+        self._whole.set()
 
     def _prepare(self, prepare: Callable[[Service], None]) -> None:
+        self._whole.wait()
         prepare(self)
         self._watch_blocks()
         self.started_ms = (time.perf_counter() - self._begun) * 1000
