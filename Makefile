@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 	@echo "setup: done"
 
-test: setup ## the fast set, one to two minutes on two cores
+test: setup ## the fast set, about four minutes on two cores
 	$(BIN)/python -m pytest -q -n 2
 
 test-all: setup ## everything but benchmarks: the fast set, the slow one, and what needs a package registry
