@@ -143,7 +143,7 @@ def measured(part: str, setting: Setting, windows: int, options: argparse.Namesp
         from lora import measure_lora
 
         return measure_lora(setting, windows, options.most)
-    from infini_gram import measure_infini_gram
+    from peer import measure_infini_gram
 
     return measure_infini_gram(setting, windows, options.infini_gram_python, options.most)
 

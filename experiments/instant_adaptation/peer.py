@@ -45,7 +45,7 @@ def measure_infini_gram(setting: Any, windows: int, python: Path, most: int | No
         asked, answered = directory / "asked.npz", directory / "answered.npz"
         if not answered.exists():
             np.savez(asked, *[window.ids for window in of], given=[window.given for window in of])
-            script = Path(__file__).parent / "infini_gram_asked.py"
+            script = Path(__file__).parent / "peer_asked.py"
             subprocess.run([python, script, directory, asked, answered], check=True, stdout=sys.stderr)
         found = np.load(answered)
         told[name] |= {"ms a position": float(found["ms"]), "positions": int(found["positions"])}
@@ -89,7 +89,7 @@ def build(directory: Path, documents: list[np.ndarray], python: Path) -> dict[st
 def scored(
     setting: Any, window: Any, integers_T: np.ndarray, numbers_T: np.ndarray, index: str, domain: Any
 ) -> dict[str, Any]:
-    """A row as of `adapt.arms`. integers [T, 6], numbers [T, 3]: see infini_gram_asked.py."""
+    """A row as of `adapt.arms`. integers [T, 6], numbers [T, 3]: see peer_asked.py."""
     depth, count, distinct, count_below, distinct_below, top = integers_T.T
     p, top_p, entropy = numbers_T.T
     muted = setting.rules.mute(window.ids[window.given :])

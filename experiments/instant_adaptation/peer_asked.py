@@ -1,6 +1,6 @@
 """What infini-gram 2.6.0 says at every position of some texts. Run by a Python that has it; engram_lm is not imported.
 
-infini_gram_asked.py INDEX ASKED.npz ANSWERED.npz
+peer_asked.py INDEX ASKED.npz ANSWERED.npz
 
 ASKED: an array of ids a text, and `given`, how many of each stand before the first position asked. ANSWERED: integers_N
 [T, 6] (length of the longest suffix, its count, distinct continuations, both for a suffix one shorter, the most frequent
