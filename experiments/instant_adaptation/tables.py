@@ -306,6 +306,45 @@ def lora(parts: dict[str, Part]) -> str:
     )
 
 
+def costs(parts: dict[str, Part]) -> str:
+    """What it takes to know documents, by arm."""
+    about, peer, tuning = parts["facts"]["about the documents"], parts.get("infini-gram"), parts.get("lora")
+    tokens, size = about["tokens"], about["index bytes"]
+    rows = [
+        [
+            "memory",
+            f"{tokens:,}",
+            f"{about['build, CPU seconds']:.1f} s",
+            f"{size / 1e6:.1f} MB",
+            f"{size / tokens:.1f}",
+            "0",
+        ],
+        [
+            "retrieval (BM25 over the index)",
+            f"{tokens:,}",
+            f"{about['BM25, CPU seconds']:.1f} s",
+            "",
+            "",
+            "see above",
+        ],
+    ]
+    if peer:
+        for name, one in peer["indexes"].items():
+            size, tokens = one["bytes"], one["tokens"]
+            rows.append([
+                f"infini-gram, {name}", f"{tokens:,}", f"{one['seconds']:.1f} s, from token ids", f"{size / 1e6:.1f} MB",
+                f"{size / tokens:.1f}", "0",
+            ])  # fmt: skip
+    if tuning:
+        one = tuning["training"]
+        size = 4 * one["trained_parameters"]
+        tokens, took = one["tokens"], one["cpu_seconds"]
+        rows.append(
+            ["LoRA", f"{tokens:,}", f"{took:.0f} s", f"{size / 1e6:.1f} MB", f"{size / tokens:.0f}", "0"]
+        )
+    return table(["arm", "tokens", "to learn them, CPU", "on disk", "bytes a token", "prompt tokens"], rows)
+
+
 def living(parts: dict[str, Part]) -> str:
     part = parts["living"]
     rows = [
@@ -418,7 +457,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Part]], str]]] = {
     "summary": ("perplexity", summary), "index size": ("perplexity", by_size), "every arm": ("perplexity", by_arm),
     "facts": ("facts", facts), "facts, articles": ("facts", lambda parts: facts(parts, "articles")),
     "facts, factbook": ("facts", lambda parts: facts(parts, "factbook")), "questions": ("questions", questions),
-    "abstaining": ("facts", abstaining), "living": ("living", living), "LoRA": ("lora", lora), "lambda": ("lambdas", lambdas),
+    "abstaining": ("facts", abstaining), "costs": ("facts", costs), "living": ("living", living),
+    "LoRA": ("lora", lora), "lambda": ("lambdas", lambdas),
 }  # fmt: skip
 
 
