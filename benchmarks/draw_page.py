@@ -118,7 +118,7 @@ class Recorder:
         before = None
         while self.page.locator(selector).count() == 0:
             seen = (
-                self.page.locator("#teach-answers .tok").count() // 5,
+                self.page.locator("#teach-answers .tok").count() // 6,
                 self.page.locator("#teach-log p").count(),
             )
             if seen != before:
@@ -156,7 +156,7 @@ def _colours() -> list[tuple[float, ...]]:
 
 def recording(page: Page, file: Path) -> None:
     """Ask, add, ask, delete, ask."""
-    recorder = Recorder(page, 860)
+    recorder = Recorder(page, 820)
     ask = page.locator("#teach-ask button.primary")
     finished = "#teach-ask-status:not([data-kind=working]):not(:empty)"
     page.get_by_role("tab", name="Teach").click()

@@ -89,12 +89,14 @@ class Refusal(Exception):
 
 
 class PageServer:
-    """token_s: seconds between generated tokens. before: how many requests a generation waits for, told one by one."""
+    """token_s: seconds between generated tokens. answer_s: before every answer in one piece. before: how many requests a
+    generation waits for, told one by one, a second each."""
 
     def __init__(self, *, port: int = 0, token_s: float = 0.0, before: int = 0, memory: bool = True) -> None:
         self.token_s, self.before, self.memory = token_s, before, memory
         self.documents = {"handbook.md": HANDBOOK} if memory else {}
         self.status, self.waiting, self.generation = "ready", 0, 1
+        self.answer_s = 0.0
         self.asked: list[tuple[str, dict]] = []
         self.cut_short = 0
         self._refusals: dict[str, Refusal] = {}
@@ -247,7 +249,7 @@ class PageServer:
         """Events of the stream, one after the other."""
         for before in range(self.before, 0, -1):
             yield {"type": "queued", "before": before}
-            time.sleep(max(self.token_s, 0.05))
+            time.sleep(1)
         arm, prompt = body["arm"], body["prompt"]
         prompt_tokens = len(tokens_of(prompt)) + (180 if arm == "retrieval" else 0)
         yield {
@@ -409,6 +411,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path: str, answer, body: dict | None = None) -> None:
         try:
+            time.sleep(self.server_of.answer_s)
             if path in self.server_of._refusals:
                 raise self.server_of._refusals[path]
             self._json(200, answer(body))

@@ -20,6 +20,9 @@ from page_server import HANDBOOK, PageServer
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is in the dev extra")
 expect = sync_api.expect
+# of patience: two cores may be shared with much else
+SECONDS = 30
+expect.set_options(timeout=SECONDS * 1000)
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
@@ -53,7 +56,7 @@ def opened(
 ) -> Iterator:
     """A page that must log no error. allowed: a pattern of messages that this test provokes."""
     context = browser.new_context(viewport=size, locale=context.pop("locale", "en-GB"), **context)
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(SECONDS * 1000)
     page = context.new_page()
     errors: list[str] = []
     page.on(
@@ -299,6 +302,19 @@ def test_files_are_read_as_utf8_or_refused(browser, server):
         assert server.documents["fine.txt"] == "Müller wohnt hier. 张仲景"
 
 
+def test_a_dropped_file_is_added(browser, server):
+    with opened(browser, server.url, hash_="#/teach") as page:
+        page.wait_for_selector("#teach-documents tbody tr")
+        drop = """(zone) => {
+            const dropped = new DataTransfer();
+            dropped.items.add(new File(["A dropped sentence."], "dropped.txt", { type: "text/plain" }));
+            zone.dispatchEvent(new DragEvent("drop", { dataTransfer: dropped, bubbles: true, cancelable: true }));
+        }"""
+        page.locator("#teach-drop").evaluate(drop)
+        expect(page.locator("#teach-documents")).to_contain_text("dropped.txt")
+        assert server.documents["dropped.txt"] == "A dropped sentence."
+
+
 def test_deleting_twice_is_told(browser, server):
     with opened(browser, server.url, hash_="#/teach", allowed="404") as page:
         page.get_by_role("button", name="Delete handbook.md").wait_for()
@@ -377,12 +393,13 @@ def test_every_refusal_is_told(browser, server):
 
 def test_a_megabyte_of_text(browser, server):
     with opened(browser, server.url, allowed="413") as page:
-        page.locator("#look-text").fill("a word or two " * 75_000)
+        put = "(area, times) => { area.value = 'a word or two '.repeat(times); }"
+        page.locator("#look-text").evaluate(put, 75_000)
         page.get_by_role("button", name="Trace").click()
         expect(page.locator("#look-status")).to_contain_text(
             "This is 1.1 MB, and the server takes at most 300 KB at once."
         )
-        page.locator("#look-text").fill("a word or two " * 15_000)
+        page.locator("#look-text").evaluate(put, 15_000)
         page.get_by_role("button", name="Trace").click()
         expect(page.locator("#look-status")).to_contain_text("this server traces at most 1024")
         fits(page)
@@ -416,6 +433,14 @@ def test_a_server_that_goes_and_comes_back(browser, server):
         expect(page.locator("#banner")).to_contain_text("The server answers again.")
         page.get_by_role("button", name="Trace").click()
         expect(page.locator("#look-status")).to_contain_text("tokens in")
+
+
+def test_waiting_in_the_line_is_told(browser, server):
+    with opened(browser, server.url) as page:
+        server.waiting, server.answer_s = 2, 2.5
+        page.get_by_role("button", name="Trace").click()
+        expect(page.locator("#look-status")).to_have_text("The model is at work; 2 waiting.")
+        expect(page.locator("#look-status")).to_contain_text("tokens in", timeout=20_000)
 
 
 def test_a_server_that_is_loading(browser, server):
