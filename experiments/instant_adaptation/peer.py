@@ -25,11 +25,13 @@ from engram_lm.mixing.reading import Memory, evidence
 from engram_lm.mixing.scoring import combine
 
 SEPARATOR = 65_535
+DOMAINS = (RETRIEVED_FOR_GENERAL,)
 
 
 def measure_infini_gram(setting: Any, windows: int, python: Path, most: int | None) -> dict[str, Any]:
     run, rows, told = Perplexity(setting, windows, most), [], {}
-    for name, domain in setting.domains.items():
+    for name in DOMAINS:
+        domain = setting.domains[name]
         of = [
             window
             for window in run.todo()

@@ -1,8 +1,9 @@
 """Tables of what run.py measured, results.json and perplexity.png beside this file.
 
-$ python experiments/instant_adaptation/tables.py runs/adaptation            # prints the tables of README.md
+$ python experiments/instant_adaptation/tables.py runs/adaptation            # tables here, in README.md, results.json
 
-results.json holds a part for each file of OUT/full/results, with the commit, machine and data that it was made with.
+Between its marks in README.md each table is written anew. results.json holds a part for each file of OUT/full/results, with
+the commit and machine that it was made with.
 """
 
 import argparse
@@ -176,6 +177,7 @@ def draw(parts: dict[str, Part], path: Path) -> None:
         if kind == "general":
             axes.text(1, 0.5, "the bound, +0.5 %", fontsize=8, va="bottom", color="#222222")
         axes.set_xscale("log")
+        axes.xaxis.set_ticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
         axes.set_title(
             "documents left out of the index" if kind == "unseen" else "general text",
             fontsize=10,
@@ -188,7 +190,7 @@ def draw(parts: dict[str, Part], path: Path) -> None:
         axes.tick_params(colors="#222222", length=0)
         for side in ("top", "right", "left", "bottom"):
             axes.spines[side].set_visible(False)
-        axes.legend(frameon=False, fontsize=7.5)
+        axes.legend(frameon=False, fontsize=7.5, handlelength=3.2)
     figure.savefig(path, format="png")
 
 
@@ -476,9 +478,16 @@ def main() -> None:
         if options.out is None
         else read(options.out / "full" / "results")
     )
+    readme = (HERE / "README.md").read_text(encoding="utf8")
     for name, (needs, make) in TABLES.items():
         if needs in parts:
-            print(f"## {name}\n\n{make(parts)}\n")
+            made = make(parts)
+            print(f"## {name}\n\n{made}\n")
+            marks = f"<!-- {name} -->", f"<!-- end of {name} -->"
+            if all(mark in readme for mark in marks):
+                before, rest = readme.split(marks[0])
+                readme = f"{before}{marks[0]}\n{made}\n{marks[1]}{rest.split(marks[1])[1]}"
+    (HERE / "README.md").write_text(readme, encoding="utf8")
     if options.out is not None:
         kept.write_text(json.dumps(parts, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
         draw(parts, HERE / "perplexity.png")
