@@ -393,13 +393,12 @@ def test_every_refusal_is_told(browser, server):
 
 def test_a_megabyte_of_text(browser, server):
     with opened(browser, server.url, allowed="413") as page:
-        put = "(area, times) => { area.value = 'a word or two '.repeat(times); }"
-        page.locator("#look-text").evaluate(put, 75_000)
+        page.locator("#look-text").fill("a word or two " * 75_000)
         page.get_by_role("button", name="Trace").click()
         expect(page.locator("#look-status")).to_contain_text(
             "This is 1.1 MB, and the server takes at most 300 KB at once."
         )
-        page.locator("#look-text").evaluate(put, 15_000)
+        page.locator("#look-text").fill("a word or two " * 15_000)
         page.get_by_role("button", name="Trace").click()
         expect(page.locator("#look-status")).to_contain_text("this server traces at most 1024")
         fits(page)
@@ -409,7 +408,10 @@ def test_a_megabyte_of_text(browser, server):
 def test_long_words_right_to_left_and_emoji(browser, server, size):
     text = "W" * 400 + " مرحبا بالعالم 👩‍👩‍👧‍👦 שלום " + "ก" * 200 + "\n\n" + "x\u202e" + "四大发明" * 40
     with opened(browser, server.url, size=size) as page:
+        page.locator("#look-text").fill("«مرحبا» hello")
+        assert page.locator("#look-text").evaluate("area => getComputedStyle(area).direction") == "rtl"
         page.locator("#look-text").fill(text)
+        assert page.locator("#look-text").evaluate("area => getComputedStyle(area).direction") == "ltr"
         page.get_by_role("button", name="Trace").click()
         page.wait_for_selector("#look-tokens .tok")
         page.locator("#look-tokens .tok").nth(60).click()
