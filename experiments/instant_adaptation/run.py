@@ -1,7 +1,7 @@
 """A new domain, known now: every part of the comparison (README.md).
 
 $ python experiments/instant_adaptation/run.py --data DATA --out runs/adaptation               # an hour of one core
-$ python experiments/instant_adaptation/run.py --data DATA --out runs/adaptation --quick       # two minutes
+$ python experiments/instant_adaptation/run.py --data DATA --out runs/adaptation --quick       # three minutes
 $ python experiments/instant_adaptation/run.py --data DATA --out runs/adaptation --only facts living
 $ python experiments/instant_adaptation/tables.py runs/adaptation                  # tables, results.json, plot
 
