@@ -195,6 +195,16 @@ def test_a_gate_is_fitted_reported_drawn_and_used(base, tmp_path, capsys):
     assert "a logistic gate for" in told
     assert "where it was held to +0.50 %" in told
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    # every document of the index took part, and the file holds none of their names or words
+    kept = json.loads((tmp_path / "gate.json").read_text())["trained_on"]["documents"]
+    assert [len(name) for name in kept] == [12] * 6
+    assert (
+        cli.run(
+            ["gate", "report", str(tmp_path / "gate.json"), "--index", str(tmp_path / "index"), "--strict"]
+        )
+        == 0
+    )
+    assert "all 6 documents it was fitted on are in this index" in capsys.readouterr().out
     assert cli.run([*fit, "--out", str(tmp_path / "gate.json")]) == cli.REFUSED
     assert "exists already" in capsys.readouterr().err
     use = [
