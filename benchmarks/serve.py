@@ -207,7 +207,7 @@ def main():
     options = parser.parse_args()
     report = {"circumstances": circumstances("torch", "transformers", "fastapi", "uvicorn"), "wishes": WISHES}
     server = Served()
-    report["start"] = {"ready_s": server.ready_s, "steps": server.steps}
+    report["start"] = {"ready_s": server.ready_s, "cpu_s": server.cpu_s(), "steps": server.steps}
     print(f"ready after {server.ready_s:.1f} s", flush=True)
     try:
         questions = server.ask("/api/quiz")["questions"]

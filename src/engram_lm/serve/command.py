@@ -69,8 +69,7 @@ def serve_command(
         if server is not None:
             server.should_exit = True
 
-    def prepare(service: Service) -> None:
-        preparing(service)
+    def announce(service: Service) -> None:
         if service.engine.closing:
             return
         steps.total(f"ready: open {address} in a browser" + (" (it asks for the key)" if access.key else ""))
@@ -79,10 +78,11 @@ def serve_command(
             import webbrowser
 
             webbrowser.open(address)
+        warm_up(service)
 
     log_to_stderr()
     steps.say(f"listening at {address}, which says “loading” until the model is there")
-    service = Service(prepare, failed=failed, begun=steps.begun)
+    service = Service(preparing, warm=announce, failed=failed, begun=steps.begun)
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: Any = None) -> None:
@@ -124,7 +124,11 @@ def _prepare_only(preparing: Preparing) -> int:
         failures.append(error)
         ended.set()
 
-    service = Service(lambda service: (preparing(service), ended.set()), failed=failed)
+    def warm(service: Service) -> None:
+        warm_up(service)
+        ended.set()
+
+    service = Service(preparing, warm=warm, failed=failed)
     try:
         ended.wait()
     finally:
@@ -137,7 +141,7 @@ def _prepare_only(preparing: Preparing) -> int:
 
 
 class Preparing:
-    """Loads the model and the index, and answers one request of each kind, so that no visitor waits for first times."""
+    """Loads the model and the index."""
 
     def __init__(
         self, steps: Steps, *, model: str | None, index: Path | None, gate: Path | None, lam: float | None,
@@ -145,20 +149,14 @@ class Preparing:
     ) -> None:  # fmt: skip
         from engram_lm.serve.demo import Demo
 
-        self.steps, self.model, self.index, self.gate, self.lam, self.quiz = (
-            steps,
-            model,
-            index,
-            gate,
-            lam,
-            quiz,
-        )
+        self.steps, self.model, self.index = steps, model, index
+        self.gate, self.lam, self.quiz = gate, lam, quiz
         self.demo = Demo.find() if model is None else None
         self._made: Path | None = None
 
     def __call__(self, service: Service) -> None:
         from engram_lm.serve.examples import EXAMPLES, read_examples
-        from engram_lm.serve.loaded import load
+        from engram_lm.serve.loaded import load, measure_share
         from engram_lm.serve.mixed import Mixed
         from engram_lm.serve.quiz import Quiz
         from engram_lm.serve.shelf import Shelf
@@ -196,8 +194,8 @@ class Preparing:
             if not demo:
                 steps.say(f"the index is open: {service.shelf.facts()['documents']:,} documents")
         service.examples = read_examples(demo.examples) if demo else EXAMPLES
-        warm_up(service)
-        steps.say("each kind of request was answered once")
+        measure_share(loaded, [entry["text"] for entry in service.examples["look"]])
+        steps.say("the examples were read once")
 
     def end(self) -> None:
         """Remove what was made for this run."""
@@ -206,15 +204,13 @@ class Preparing:
 
 
 def warm_up(service: Service) -> None:
-    """Trace an example, look at a next token, and generate with the index: kernels are compiled, files are in memory."""
+    """Answer one request of each kind, so that no visitor waits for first times: kernels are there, files are in memory."""
     from engram_lm.serve.continuing import next_tokens
     from engram_lm.serve.generating import generate
-    from engram_lm.serve.loaded import measure_share
     from engram_lm.serve.messages import GenerateRequest, NextRequest
     from engram_lm.serve.tracing import trace_text
 
     loaded, mixed = service.loaded, service.mixed
-    measure_share(loaded, [entry["text"] for entry in service.examples["look"]])
 
     def nothing(event: Any = None) -> None:
         return None

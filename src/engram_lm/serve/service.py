@@ -30,13 +30,15 @@ _READERS = 2
 
 
 class Service:
-    """prepare: loads everything, on the engine's thread. failed: told where it raises. begun: perf_counter of the command."""
+    """prepare: loads everything, on the engine's thread. failed: told where it raises. warm: done there when all is ready and
+    before the first request. begun: perf_counter of the command."""
 
     def __init__(
         self,
         prepare: Callable[[Service], None],
         *,
         limits: Limits | None = None,
+        warm: Callable[[Service], None] | None = None,
         failed: Callable[[BaseException], None] | None = None,
         begun: float | None = None,
     ) -> None:
@@ -49,7 +51,7 @@ class Service:
         self.started_ms = 0.0
         self._begun = time.perf_counter() if begun is None else begun
         self._ready = False
-        self._whole = threading.Event()
+        self._whole, self._warm = threading.Event(), warm
         self._pending = 0
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="engram reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="engram writer")
@@ -64,6 +66,8 @@ class Service:
         self._watch_blocks()
         self.started_ms = (time.perf_counter() - self._begun) * 1000
         self._ready = True
+        if self._warm is not None:
+            self._warm(self)
 
     def _watch_blocks(self) -> None:
         """Let a long forward end between two blocks where nobody waits for it any more."""
