@@ -76,7 +76,7 @@ def report_command(
             "--strict and --tenant belong to --index: which documents are still there is for an index to say."
         )
     gate = Gate.load(path)
-    fitted, missing = len(gate.trained_on.get("documents", [])), None
+    fitted, missing, sentence = len(gate.trained_on.get("documents", [])), None, ""
     if index is not None:
         missing, sentence = _missing(gate, index, tenant or "public")
         if strict and sentence:
