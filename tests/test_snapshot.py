@@ -181,6 +181,15 @@ def test_many_nodes_and_deletions_together(large, count):
     )
 
 
+def test_the_top_token_does_not_depend_on_what_came():
+    # nodes of more than 2 positions, lists only of more than 100: its count is found where there is no list
+    memory = Memory([[[0, 1] * 9 + [0, 2, 0, 1, 3]]], nodes=(100, 2))
+    found = memory.snapshot.distribution([0])
+    for came in range(VOCAB):
+        scores = memory.snapshot.score([0, came])
+        assert (scores.top_token[1], scores.top_p[1]) == (1, pytest.approx(found.top[1], rel=1e-6))
+
+
 def test_tokens_of_four_bytes_and_long_matches():
     rng = np.random.default_rng(3)
     chapter = rng.integers(0, 70_000, 400)
@@ -335,6 +344,10 @@ def test_what_cannot_be_is_refused():
         snapshot.continuations(snapshot.match([1]), 2)
     with pytest.raises(ConfigError, match="between 0 and 1; got 1"):
         snapshot.distribution([1], discount=1)
+    with pytest.raises(ConfigError, match="an id for each of 3 ids; got 1"):
+        snapshot.score([1, 2, 3], following=[1], count="documents")
+    with pytest.raises(ConfigError, match="leave following out"):
+        snapshot.score([1, 2, 3], following=[1, 2, 4])
     with pytest.raises(ConfigError, match='orders is "all" or "longest"'):
         snapshot.score([1], orders="some")
     with pytest.raises(ConfigError, match='count is "tokens", "documents" or "sources", or "sources:"'):

@@ -202,13 +202,18 @@ class Snapshot:
         """
         table = self._asked(max_order, discount, orders, count, cap)
         id_T = _ids(ids).copy()
+        next_T = id_T if following is None else _ids(following)
+        if len(next_T) != len(id_T):
+            raise ConfigError(f"following has an id for each of {len(id_T):,} ids; got {len(next_T):,}.")
+        if count == "tokens" and not np.array_equal(next_T, id_T):
+            raise ConfigError('With count="tokens" what follows is the ids themselves; leave following out.')
         self._begin((), max_order)
         work = _work_of(self.vocab_size)
         low_3SD, high_3SD = np.zeros((2, 3, len(self.views), max_order + 2), np.int64)
         integer_7T, number_3T = np.zeros((7, len(id_T)), np.int64), np.zeros((3, len(id_T)), np.float32)
         zero = self._zero
         chain.score(
-            table.rows, id_T, id_T if following is None else _ids(following), max_order, self.end, discount,
+            table.rows, id_T, next_T, max_order, self.end, discount,
             orders == "longest", table.serial, low_3SD, high_3SD, np.zeros((3, max_order + 2), np.int64),
             np.zeros((len(self.views), 2), np.int64), *work.counts[:2], *work.pairs_of(table), work.memo_M7, work.memo_M,
             zero.integers, zero.numbers, zero.count_V, integer_7T, number_3T,

@@ -16,7 +16,15 @@ import math
 import numpy as np
 from numba import njit
 
-from engram_lm.kernels.counting import count_documents, count_two, histogram, list_of, listed, scan
+from engram_lm.kernels.counting import (
+    count_documents,
+    count_two,
+    find_in_node,
+    histogram,
+    list_of,
+    node_range,
+    scan,
+)
 from engram_lm.kernels.walks import (
     ADJUSTED,
     CAP,
@@ -399,9 +407,13 @@ def score(
                 else:
                     cx = next_D[run + 1] if x >= 0 and run < after else np.int64(0)
                     cy = cx
+                    a, e = np.int64(0), np.int64(0)
                     if y != x and at >= 0 and filled == 1 and table_SF[at, ADJUSTED] == 0:
-                        # its list is nearer than the walk of another context
-                        cy = listed(table_SF, at, node, y)
+                        a, e = node_range(table_SF, at, node)
+                    if a < e:
+                        # a list, where there is one, is nearer than the walk of another context
+                        i = find_in_node(table_SF, at, a, e, y)
+                        cy = number_at(table_SF, at, NODE_COUNT, i) if i >= 0 else np.int64(0)
                     elif y != x:
                         if y_depth < 0:
                             for i in range(run):

@@ -135,14 +135,6 @@ def find_in_node(table_SF, s, a, b, token):
 
 
 @njit(nogil=True, cache=True)
-def listed(table_SF, s, node, token):
-    """The count of a token in a node's list, of a view without counts of its own; 0 where it is not there."""
-    a, b = node_range(table_SF, s, node)
-    i = find_in_node(table_SF, s, a, b, token)
-    return np.int64(0) if i < 0 else number_at(table_SF, s, NODE_COUNT, i)
-
-
-@njit(nogil=True, cache=True)
 def _adjust(table_SF, s, node, a, b):
     """Work out the list a .. b of a node: its counts in the file without deleted documents, or all of it with a cap."""
     low = number_at(table_SF, s, NODE_LOW, node)
