@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -548,14 +549,9 @@ def test_accessible_by_axe_rules(browser, server, size, theme):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory) -> Iterator[str]:
     """The address of `engram-lm serve` with a tiny model, as a user starts it. It may still be loading."""
-    pytest.importorskip("torch")
-    pytest.importorskip("fastapi")
-    from models import build
-    from serve_support import make_index, words
+    from serve_support import make_index
 
-    directory = tmp_path_factory.mktemp("real")
-    build("llama").save_pretrained(directory / "model")
-    words().save_pretrained(directory / "model")
+    directory = tiny_model(tmp_path_factory)
     question = {
         "id": "dog",
         "kind": "verbatim",
@@ -564,24 +560,26 @@ def real(tmp_path_factory) -> Iterator[str]:
         "answer": ["Orlando"],
     }
     (directory / "quiz.json").write_text(json.dumps([question]))
-    options = [
-        "--index",
-        str(make_index(directory / "index")),
-        "--lam",
-        "0.9",
-        "--quiz",
-        str(directory / "quiz.json"),
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "engram_lm.cli",
-        "serve",
-        str(directory / "model"),
-        *options,
-        "--port",
-        "0",
-    ]
+    index, quiz = make_index(directory / "index"), directory / "quiz.json"
+    with serving(directory / "model", "--index", index, "--lam", "0.9", "--quiz", quiz) as address:
+        yield address
+
+
+def tiny_model(tmp_path_factory) -> Path:
+    pytest.importorskip("torch")
+    pytest.importorskip("fastapi")
+    from models import build
+    from serve_support import words
+
+    directory = tmp_path_factory.mktemp("real")
+    build("llama").save_pretrained(directory / "model")
+    words().save_pretrained(directory / "model")
+    return directory
+
+
+@contextmanager
+def serving(*options) -> Iterator[str]:
+    command = [sys.executable, "-m", "engram_lm.cli", "serve", *map(str, options), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         address = next(
@@ -592,6 +590,20 @@ def real(tmp_path_factory) -> Iterator[str]:
         process.terminate()
         process.wait(60)
         process.stdout.close()
+
+
+def test_a_visitor_logs_in_with_the_key(browser, tmp_path_factory):
+    key = "a key of twenty-two signs"
+    with serving(tiny_model(tmp_path_factory) / "model", "--key", key) as address:
+        page = browser.new_page()
+        page.goto(address)
+        page.locator("input[name=key]").fill("another")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("alert")).to_contain_text("not the key")
+        page.locator("input[name=key]").fill(key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("body[data-ready]", timeout=120_000)
+        page.close()
 
 
 @both_widths

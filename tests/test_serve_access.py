@@ -205,6 +205,9 @@ def test_a_browser_logs_in(locked, monkeypatch):
     assert wrong.status_code == 401
     assert "not the key" in wrong.text
     assert "engram_session" not in client.cookies
+    assert client.post("/login", data={"key": "w" * 5000}).status_code == 413
+    # with no-referrer a browser sends the form's Origin as null
+    assert client.get("/login").headers["referrer-policy"] == "same-origin"
     elsewhere = client.post("/login", data={"key": KEY}, headers={"origin": "http://evil.example"})
     assert elsewhere.status_code == 403
     right = client.post("/login", data={"key": KEY}, follow_redirects=False)

@@ -30,7 +30,7 @@ from engram_lm.serve.refusals import Refusal, shown
 from engram_lm.serve.service import Service
 from engram_lm.serve.streaming import error_answer, event_lines, json_answer, one_answer
 
-WRONG_KEY_SECONDS = 1.0
+WRONG_KEY_SECONDS, MOST_WRONG_KEYS, MOST_LOGIN_BYTES = 1.0, 8, 4096
 
 
 def create_app(service: Service, *, access: Access, page: Path = PAGE) -> Guard:
@@ -105,7 +105,7 @@ def _answers(model: Any, *statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _add_page(app: FastAPI, access: Access, files: PageFiles) -> None:
-    one_at_a_time = asyncio.Lock()
+    wrong = 0  # keys whose answer is waited for
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
@@ -127,11 +127,20 @@ def _add_page(app: FastAPI, access: Access, files: PageFiles) -> None:
     async def log_in(request: Request) -> Response:
         if access.key is None:
             return RedirectResponse("/", 303)
-        given = parse_qs((await request.body()).decode("utf8", "replace")).get("key", [""])[0]
-        async with one_at_a_time:
-            if not same(given, access.key):
+        nonlocal wrong
+        data = await request.body()
+        if len(data) > MOST_LOGIN_BYTES:
+            raise Refusal(413, f"A key has less than {MOST_LOGIN_BYTES:,} bytes; got {len(data):,}.")
+        given = parse_qs(data.decode("utf8", "replace")).get("key", [""])[0]
+        if not same(given, access.key):
+            if wrong >= MOST_WRONG_KEYS:
+                raise Refusal(429, "Too many wrong keys are being tried; try again in a moment.")
+            wrong += 1
+            try:
                 await asyncio.sleep(WRONG_KEY_SECONDS)
-                return HTMLResponse(login("That is not the key. 密钥不对。"), 401)
+            finally:
+                wrong -= 1
+            return HTMLResponse(login("That is not the key. 密钥不对。"), 401)
         answer = RedirectResponse("/", 303)
         answer.set_cookie(COOKIE, access.session, httponly=True, samesite="strict", path="/")
         return answer
@@ -237,6 +246,9 @@ def _text_of(document: m.NewDocument) -> Any:
     if not document.text.strip():
         raise Refusal(422, f"The document {shown(document.id)} is empty; there is nothing to index.")
     extra = {name: value for name in ("title", "licence") if (value := getattr(document, name))}
+    for name, value in extra.items():
+        if not value.isprintable():
+            raise Refusal(422, f"The {name} of a document is printable text on one line; got {shown(value)}.")
     return Text(id=document.id, text=document.text, source="page", extra=extra)
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engram_lm.serve.limits import MOST_CHARACTERS_A_TOKEN
 from engram_lm.serve.refusals import Refusal
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ def _candidate_ids(loaded: Loaded, prompt: str, text: str) -> list[int]:
     """Ids of a candidate as the prompt goes on with it: words are set apart by a blank, Chinese signs are not."""
     if not text.strip():
         raise Refusal(422, "A candidate is empty; write some words or leave it out.")
+    if len(text) > _MOST_CANDIDATE_TOKENS * MOST_CHARACTERS_A_TOKEN:
+        raise Refusal(
+            413,
+            f"A candidate has {len(text):,} characters; at most {_MOST_CANDIDATE_TOKENS} tokens are compared here.",
+        )
     apart = not (prompt[-1].isspace() or text[0].isspace() or _is_wide(prompt[-1]) or _is_wide(text[0]))
     ids = loaded.encoder.encode(f" {text}" if apart else text).tolist()
     if len(ids) > _MOST_CANDIDATE_TOKENS:

@@ -7,6 +7,7 @@ files.file("look.js")                   # (bytes, media type, tag); Refusal 404
 
 import hashlib
 import html
+import os
 from pathlib import Path
 
 from engram_lm.serve.refusals import Refusal
@@ -54,6 +55,7 @@ class PageFiles:
         if (
             path.suffix not in KINDS
             or name == "index.html"
+            or name not in os.listdir(self.directory)
             or not path.is_file()
             or path.resolve().parent != self.directory.resolve()
         ):

@@ -9,6 +9,7 @@ service.close()
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import threading
 import time
@@ -100,7 +101,8 @@ class Service:
     async def changing(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a change of the index, one after the other; small segments are merged when the answer is out."""
         found = await self._in(self._writer, functools.partial(call, *args, **kwargs))
-        self._writer.submit(self._tidy)
+        with contextlib.suppress(RuntimeError):  # closed meanwhile: the change is made, merging waits
+            self._writer.submit(self._tidy)
         return found
 
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
