@@ -263,7 +263,7 @@ def _settings(
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     chosen = (
-        f"the gate {gate}"
+        f"the gate {gate} ({hashlib.sha256(gate.read_bytes()).hexdigest()[:12]})"
         if gate is not None
         else "the gate shipped for the model"
         if lam is None

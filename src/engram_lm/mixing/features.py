@@ -6,7 +6,9 @@ on the way. A change to a feature or to its place raises VERSION, and gates of a
 
 Repetition is no evidence: of a match of three tokens and more, each document counts at most 32 times in `count`. In ordinary
 text that changes nothing (0 of 14,000 to 18,000 positions against 10 to 118 documents of a handbook and a textbook; 0.2 %
-against one long document of rules), and a sentence said a million times weighs as one said 32 times.
+against one long document of rules), so VERSION stayed; and a sentence said a million times in a document weighs as one said
+32 times. Documents are told apart up to 16: where a match stands in more, its count is taken as it is (what stops that is
+counting by source, `Snapshot.score(count="sources")`).
 
 A match that reaches into the prompt is evidence that the text is quoting. Where all of it is the model's own (or the
 memory's) output, it may only show that memory has been listened to before: `fresh` and `all_generated` tell them apart.

@@ -80,12 +80,21 @@ class Indexed:
             self.gate = chosen_gate(gate, lam, self.snapshot, model=model, tokenizer=tokenizer)
             if count is not None:
                 self.gate = counting(self.gate, count)
+                self._require_field(count)
             if gone := told(self.gate, self.library.store.snapshot(tenant)):
                 if strict:
                     raise ConfigError(gone)
                 self.notes.append(gone)
         self.ids: list[int] = []
         self.steps: list[MemoryStep] = []
+
+    def _require_field(self, count: str) -> None:
+        """ConfigError where no document has the field by which sources are to be told apart."""
+        field = count.partition(":")[2]
+        if field and self.snapshot.views and not any(view.sources(count)[0] for view in self.snapshot.views):
+            raise ConfigError(
+                f"No document here has the field {field!r} of --count {count}: nothing would be capped."
+            )
 
     def _choose(
         self, prompt: str, chat: bool, documents: list[str], top_k: int, tenant: str, *, mixing: bool
@@ -216,8 +225,13 @@ class Indexed:
                     for name, value in document.extra.items()
                     if name in ("title", "licence", "license", "attribution")
                 )
-                lines.append(f"  {document.id} ({times}{facts})")
+                lines.append(_plain(f"  {document.id} ({times}{facts})"))
         return lines
+
+
+def _plain(line: str) -> str:
+    """Without signs that a terminal obeys: documents come from anywhere."""
+    return "".join(sign if sign.isprintable() else "�" for sign in line)
 
 
 def chosen_gate(
@@ -247,7 +261,8 @@ def chosen_gate(
 
 def counting(gate: Lambda, count: str) -> Lambda:
     """The gate with another way of counting P_memory: the same numbers where no source says a thing in two documents."""
-    if count == "tokens" or (count != "documents" and count.partition(":")[0] != "sources"):
+    kind, colon, field = count.partition(":")
+    if count != "documents" and (kind != "sources" or (colon and not field)):
         raise ConfigError(
             f"--count is documents, sources, or sources: and a field of the documents; got {count!r}."
         )
