@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from engram_lm.attachment import MemoryConfig, attach, memories
+from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer
 
 PAD, EOS = 0, 1
 SMALL = {"vocab_size": 258, "num_hidden_layers": 4, "hidden_size": 32, "max_position_embeddings": 128}
@@ -232,3 +233,21 @@ def _tokenizer() -> Any:
     if not _KEPT:
         _KEPT.append(tokenizer())
     return _KEPT[0]
+
+
+def saved_doll(directory: Any) -> tuple[Any, nn.Module, Any]:
+    """A scratch model of bytes, saved as transformers save theirs: (directory, model, tokenizer)."""
+    recipe = Recipe(
+        name="doll",
+        vocab_size=258,
+        hidden_size=32,
+        layers=2,
+        heads=2,
+        key_value_heads=1,
+        intermediate_size=64,
+    )
+    words = byte_tokenizer()
+    model = build_model(recipe, tokenizer=words).eval()
+    model.save_pretrained(directory)
+    words.save_pretrained(directory)
+    return directory, model, words

@@ -22,11 +22,9 @@ from engram_lm.index.segment import Document, Segment  # noqa: E402
 from engram_lm.index.snapshot import Snapshot, View  # noqa: E402
 from engram_lm.library.encoding import TextEncoder  # noqa: E402
 from engram_lm.mixing import FixedLambda, rules_of, score  # noqa: E402
-from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+from engram_lm.train.recipes import byte_tokenizer  # noqa: E402
+from models import saved_doll  # noqa: E402
 
-RECIPE = Recipe(
-    name="doll", vocab_size=258, hidden_size=32, layers=2, heads=2, key_value_heads=1, intermediate_size=64
-)
 PAGES = {
     "page0.txt": "The dog of the office is called Orlando. Under the stairs he sleeps, and at seven he wants his bone.",
     "page1.txt": "Annual leave runs to thirty days a year, asked for by letter, five of which move on into January.",
@@ -39,12 +37,7 @@ PAGES = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A scratch model saved as transformers save theirs: (directory, model, tokenizer)."""
-    directory, tokenizer = tmp_path_factory.mktemp("base"), byte_tokenizer()
-    model = build_model(RECIPE, tokenizer=tokenizer).eval()
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory, model, tokenizer
+    return saved_doll(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -213,7 +213,9 @@ def test_what_was_not_verified_reads_nothing_outside(saved, monkeypatch):
         for start in range(0, 600, 7):
             match = opened.match(segment.tokens[start : start + 20])
             for d in range(match.depth + 1):
-                opened.continuations(match, d)
+                tokens, counts = opened.continuations(match, d)
+                assert len(tokens) == len(counts) <= opened.vocab_size + 1
+                assert tokens.size == 0 or 0 <= tokens.min() <= tokens.max() <= opened.vocab_size
 
 
 # ---- making ----------------------------------------------------------------------------------------------------------------

@@ -12,21 +12,14 @@ from engram_lm.mixing.features import NAMES  # noqa: E402
 from engram_lm.mixing.trained import fingerprints  # noqa: E402
 from engram_lm.show.indexed import Indexed  # noqa: E402
 from engram_lm.show.speaking import prompt_ids  # noqa: E402
-from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+from models import saved_doll  # noqa: E402
 
-RECIPE = Recipe(
-    name="doll", vocab_size=258, hidden_size=32, layers=2, heads=2, key_value_heads=1, intermediate_size=64
-)
 WORDS = "The office dog is called Orlando and sleeps beside the reception desk until noon."
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    directory, tokenizer = tmp_path_factory.mktemp("base"), byte_tokenizer()
-    model = build_model(RECIPE, tokenizer=tokenizer).eval()
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory, model, tokenizer
+    return saved_doll(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

@@ -159,11 +159,13 @@ class Segment:
             node = search.find_node(arrays["node_low"], arrays["node_high"], low, high)
             if node >= 0:
                 part = slice(int(arrays["node_at"][node]), int(arrays["node_at"][node + 1]))
-                return arrays["node_token"][part].astype(np.int64), arrays["node_count"][part].astype(
-                    np.int64
-                )
-        token_I, count_I = np.unique(self.next[low:high], return_counts=True)
-        return token_I.astype(np.int64), count_I
+                return self._known(arrays["node_token"][part], arrays["node_count"][part])
+        return self._known(*np.unique(self.next[low:high], return_counts=True))
+
+    def _known(self, token_I: np.ndarray, count_I: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Without ids beyond END, which only a file that was not verified has: callers count by id."""
+        known = token_I <= self.vocab_size
+        return token_I[known].astype(np.int64), count_I[known].astype(np.int64)
 
     def documents_of(self, match: Match, order: int, *, limit: int = 10) -> list[tuple[Document, int]]:
         """Documents in which the last `order` tokens occur, each with how often, most often first."""
