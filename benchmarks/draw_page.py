@@ -88,6 +88,7 @@ def picture(page: Page, file: Path) -> None:
         "document.querySelector('#look-result').getBoundingClientRect().bottom + scrollY + 24"
     )
     page.set_viewport_size({"width": 1180, "height": round(height)})
+    page.evaluate("scrollTo(0, 0)")
     shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     shot.quantize(128, dither=Image.Dither.NONE).save(file, optimize=True)
 
