@@ -5,6 +5,7 @@
     model(input_ids, memory="off")        # the base model
     with memory_off(model): model.generate(...)
     with trace(model) as records: model(input_ids)
+    with reading(model, NoiseRows(seed=0)): model(input_ids)    # other rows than its own, for a control
     detach(model)
 
 Memory enters the residual stream before the named blocks. Rows live beside the model, not in it (see
@@ -13,7 +14,7 @@ Memory enters the residual stream before the named blocks. Rows live beside the 
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch import nn
 from engram_lm.attachment.files import from_pretrained, load_memory, save_memory, save_pretrained
 from engram_lm.attachment.memory import Memory, build_memory, profile_of
 from engram_lm.attachment.placement import open_rows, use_table
+from engram_lm.attachment.reading import NoiseRows, OneRow, OtherRows, Reading, ShuffledPositions, reading
 from engram_lm.attachment.runtime import MemoryRuntime, recording
 from engram_lm.attachment.structure import find_decoder
 from engram_lm.config import MemoryConfig
@@ -112,10 +114,7 @@ def memories(model: nn.Module) -> dict[str, Memory]:
 @contextlib.contextmanager
 def memory_off(model: nn.Module, *names: str) -> Iterator[None]:
     """Switch the named memories (default: all) off inside the block. For calls that take no extra keyword, as generate."""
-    chosen = [memory for name, memory in memories(model).items() if not names or name in names]
-    unknown = set(names) - set(memories(model))
-    if unknown:
-        raise ConfigError(f"The model has no memory named {sorted(unknown)[0]!r}.")
+    chosen = chosen_memories(model, names)
     before = [memory.enabled for memory in chosen]
     for memory in chosen:
         memory.enabled = False
@@ -124,6 +123,15 @@ def memory_off(model: nn.Module, *names: str) -> Iterator[None]:
     finally:
         for memory, enabled in zip(chosen, before, strict=True):
             memory.enabled = enabled
+
+
+def chosen_memories(model: nn.Module, names: Sequence[str]) -> list[Memory]:
+    """The memories of these names, all for none; ConfigError for a name that the model has not."""
+    found = memories(model)
+    unknown = set(names) - set(found)
+    if unknown:
+        raise ConfigError(f"The model has no memory named {sorted(unknown)[0]!r}.")
+    return [memory for name, memory in found.items() if not names or name in names]
 
 
 @contextlib.contextmanager
@@ -154,7 +162,13 @@ def _remember_saving(model: nn.Module) -> None:
 __all__ = [
     "Memory",
     "MemoryConfig",
+    "NoiseRows",
+    "OneRow",
+    "OtherRows",
+    "Reading",
+    "ShuffledPositions",
     "attach",
+    "chosen_memories",
     "detach",
     "from_pretrained",
     "load_memory",
@@ -162,6 +176,7 @@ __all__ = [
     "memory_off",
     "open_rows",
     "profile_of",
+    "reading",
     "save_memory",
     "save_pretrained",
     "trace",

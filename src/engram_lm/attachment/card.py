@@ -18,6 +18,13 @@ def card(manifest: dict[str, Any]) -> str:
         f"Conditional memory for `{manifest['base']['name']}` (weights {manifest['base']['sha256'][:12]}).",
         "",
     ]
+    for entry in manifest["memories"]:
+        if entry["config"].get("control"):
+            lines += [
+                f"**`{entry['config']['name']}` is a control for comparisons, {entry['config']['control']}: "
+                "not an ordinary memory.**",
+                "",
+            ]
     lines += ["| memory | block | rows | width | row updates | identity |", "|---|---|---|---|---|---|"]
     for entry in manifest["memories"]:
         for table in entry["tables"]:

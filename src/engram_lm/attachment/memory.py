@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from engram_lm.addressing import PROFILES, AddressScheme, Profile, resolve
 from engram_lm.addressing.device import DeviceAddresses
+from engram_lm.attachment.reading import Reading
 from engram_lm.attachment.structure import Decoder
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError, ModelError
@@ -82,13 +83,15 @@ class Memory:
     ):
         self.config, self.token_map, self.schemes, self.slots = config, token_map, schemes, slots
         self.enabled = True
+        # what is read in place of its own addresses and rows, see attachment.reading
+        self.reading: Reading | None = None
         self._dead = np.array(config.dead_token_ids, dtype=np.int64)
 
     def __deepcopy__(self, memo: dict) -> "Memory":
         """Rows and parameters are copied; the token map and the schemes cannot change and are shared."""
         twin = Memory(self.config, self.token_map, self.schemes, copy.deepcopy(self.slots, memo))
         memo[id(self)] = twin
-        twin.enabled = self.enabled
+        twin.enabled, twin.reading = self.enabled, self.reading
         return twin
 
     @property
@@ -118,6 +121,12 @@ class Memory:
         On the CPU where the rows lie there, from one copy of the ids for all such slots: a copy of addresses would be
         columns times as long, and one a slot. Otherwise on the device of the ids.
         """
+        found = self._own_addresses(window)
+        if self.reading is None:
+            return found
+        return [self.reading.addresses(slot, one) for slot, one in zip(self.slots, found, strict=True)]
+
+    def _own_addresses(self, window: Window) -> list[Tensor]:
         if torch.compiler.is_compiling():
             return [self._address_on_device(slot, window) for slot in self.slots]
         near = [_ids_on_cpu(window) or _rows_on_cpu(slot.table) for slot in self.slots]

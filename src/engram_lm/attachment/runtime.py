@@ -195,6 +195,8 @@ class MemoryRuntime:
             if learning and slot.training:
                 _refuse_distributed(slot)
         rows_BTCW = _on_device(slot.table.read(address_BTC, slot.handle, ticket), hidden.device)
+        if memory.reading is not None:
+            rows_BTCW = memory.reading.rows(slot, address_BTC, rows_BTCW)
         output = slot(hidden, rows_BTCW.flatten(2), window, key=(memory.name, slot.block))
         if self.sink is not None and not torch.compiler.is_compiling():
             self.sink.append(_record(memory, slot, hidden, address_BTC, rows_BTCW, output, window))
