@@ -12,6 +12,8 @@ from typing import Any
 
 from engram_lm.errors import ConfigError
 
+CONTROLS = ("one-row", "shuffled", "frozen-random", "bias", "off")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
@@ -32,6 +34,8 @@ class MemoryConfig:
         rule: how rows train: "row-adam", "row-adam-momentum", "row-momentum-sinkhorn", "row-rmsprop", "sgd", or a rule's
             JSON as a dict (see `engram_lm.tables.rules`).
         row_dtype: "float32" or "bfloat16" (both trainable; bfloat16 is rounded stochastically), or "float16" (read only).
+        control: for comparisons, a memory that something is missing from: "one-row", "shuffled", "frozen-random", "bias" or
+            "off" (see `engram_lm.attachment.controls`).
     """
 
     layers: tuple[int, ...]
@@ -49,6 +53,7 @@ class MemoryConfig:
     dead_token_ids: tuple[int, ...] = ()
     rule: str | dict[str, Any] = "row-adam"
     row_dtype: str = "float32"
+    control: str | None = None
 
     def __post_init__(self) -> None:
         for field in ("layers", "orders", "dead_token_ids"):
@@ -77,9 +82,12 @@ class MemoryConfig:
             raise ConfigError(f'gate is "signed-sqrt" or "plain"; got {self.gate!r}.')
         if self.row_dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"row_dtype is float32, bfloat16 or float16; got {self.row_dtype!r}.")
+        if self.control not in (None, *CONTROLS):
+            raise ConfigError(f"control is {', '.join(CONTROLS)} or None; got {self.control!r}.")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Every field; `control` only where there is one, so that earlier versions read ordinary memories."""
+        return {name: value for name, value in asdict(self).items() if name != "control" or value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any] | str) -> "MemoryConfig":

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from engram_lm.attachment.controls import put_control
 from engram_lm.attachment.files import from_pretrained, load_memory, save_memory, save_pretrained
 from engram_lm.attachment.memory import Memory, build_memory, profile_of
 from engram_lm.attachment.placement import open_rows, use_table
@@ -77,6 +78,7 @@ def attach(
         _remember_saving(model)
     decoder.module.engram[config.name] = memory.slots
     runtime.memories[config.name] = memory
+    put_control(memory)
     for table in memory.tables:
         table.gradients.belong_to(decoder.module)
     memory.slots.train(model.training)

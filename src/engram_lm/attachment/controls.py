@@ -40,8 +40,8 @@ class DealtRows(Reading):
 
     def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
         device = address_BTC.device
-        size_C = torch.from_numpy(slot.scheme.moduli).to(device)
-        first_C = torch.from_numpy(slot.scheme.offsets).to(device)
+        size_C = torch.tensor(slot.scheme.moduli, device=device)
+        first_C = torch.tensor(slot.scheme.offsets, device=device)
         begin_B = address_BTC[:, 0, -1] + slot.table.gradients.updates * 0x5851F42D4C957F2D % (1 << 62)
         column_C = torch.arange(len(size_C), device=device) + 1_009 * (slot.block + 1)
         shift_BC = _mixed(_mixed(begin_B)[:, None] + column_C * _GAMMA) % size_C

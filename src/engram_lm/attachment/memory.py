@@ -38,6 +38,8 @@ class MemorySlot(EngramLayer):
         super().__init__(**layer)
         self.scheme, self.table, self.block = scheme, table, block
         self.handle = table.gradients.handle
+        # of a control that looks nothing up, float [M, D]
+        self.register_parameter("bias", None)
         self.register_load_state_dict_post_hook(_weights_were_loaded)
         self._prepare(token_map, dead_token_ids)
 

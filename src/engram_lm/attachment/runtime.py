@@ -28,6 +28,7 @@ from engram_lm.attachment.arguments import (
     refuse_paged,
     token_ids,
 )
+from engram_lm.attachment.controls import add_bias
 from engram_lm.attachment.memory import Memory, MemorySlot
 from engram_lm.attachment.structure import Decoder
 from engram_lm.errors import ConfigError, ModelError, RowUpdateError, StateError
@@ -189,6 +190,8 @@ class MemoryRuntime:
         ticket: Ticket | None,
         window: Window,
     ) -> Tensor:
+        if slot.bias is not None:
+            return add_bias(slot, hidden)
         if not torch.compiler.is_compiling():
             learning = torch.is_grad_enabled() and slot.handle.requires_grad
             slot.table.gradients.check(slot.handle, training=learning)
