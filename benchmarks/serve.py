@@ -227,11 +227,18 @@ def main():
         text += (ROOT / "demo" / "documents" / "house.md").read_text(encoding="utf8")
         tokens = server.ask("/api/trace", {"text": text})["tokens"][:200]
         text = "".join(token["text"] for token in tokens)
-        report["trace"] = timed(
-            server, options.repeats, lambda: server.ask("/api/trace", {"text": text}) and None
-        )
+        bodies = {
+            # what the page asks for first, then for the losses without tables; and both in one answer
+            "trace": ("/api/trace", {"text": text, "without": False}),
+            "losses": ("/api/losses", {"text": text, "tables": False}),
+            "trace_with_losses": ("/api/trace", {"text": text}),
+        }
+        for name, (path, body) in bodies.items():
+            report[name] = timed(
+                server, options.repeats, lambda path=path, body=body: server.ask(path, body) and None
+            )
         report["trace"]["tokens"] = len(server.ask("/api/trace", {"text": text})["tokens"])
-        for name in ("first_token", "trace"):
+        for name in ("first_token", *bodies):
             print(name, json.dumps(report[name]), flush=True)
         report["at_once"] = at_once(server, questions)
         print("at once", json.dumps(report["at_once"]), flush=True)

@@ -155,7 +155,17 @@ class PageServer:
         pieces = tokens_of(body["text"])
         if len(pieces) > ABOUT["limits"]["text_tokens"]:
             raise Refusal(413, f"The text has {len(pieces)} tokens; this server traces at most 1024 at once.")
-        return {"ms": 41.7, "tokens": [self._traced(pieces, i) for i in range(len(pieces))]}
+        tokens = [self._traced(pieces, i) for i in range(len(pieces))]
+        if not body["without"]:
+            tokens = [token | {"loss_off": None} if token["tables"] else token for token in tokens]
+        return {"ms": 41.7, "tokens": tokens}
+
+    def losses(self, body: dict) -> dict:
+        tokens = self.trace(body | {"without": True})["tokens"]
+        return {
+            "ms": 20.1,
+            "losses": [token["loss_tables" if body["tables"] else "loss_off"] for token in tokens],
+        }
 
     def _traced(self, pieces: list[str], i: int) -> dict:
         text = pieces[i]
@@ -403,7 +413,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._stream(body)
             return
         answers = {
-            "/api/trace": owner.trace, "/api/next": owner.next, "/api/index/add": owner.add,
+            "/api/trace": owner.trace, "/api/losses": owner.losses, "/api/next": owner.next, "/api/index/add": owner.add,
             "/api/index/delete": owner.delete,
             "/api/index/search": owner.search, "/api/quiz/answer": owner.quiz_answer,
         }  # fmt: skip

@@ -107,7 +107,8 @@ def test_look_by_mouse(browser, server, size):
 def test_look_shows_every_layer_and_branch(browser, server):
     with opened(browser, server.url) as page:
         page.get_by_role("button", name="Trace").click()
-        page.wait_for_selector("#look-tokens .tok")
+        expect(page.locator("#look-status")).to_contain_text("tokens in")
+        expect(page.locator("#look-status")).not_to_contain_text("follows")
         names = page.locator("#look-measure option").all_text_contents()
         assert {
             "gate of layer 1, branch 1",
@@ -124,6 +125,30 @@ def test_look_shows_every_layer_and_branch(browser, server):
         page.select_option("#look-measure", label="gate of layer 1, branch 2")
         assert page.locator("#look-plots .plot").count() == 2
         expect(page.locator("#look-plots")).to_contain_text("Spearman")
+
+
+def test_what_the_tables_saved_follows_the_heat(browser, server):
+    with opened(browser, server.url) as page:
+        held = []
+
+        def hold(route) -> None:
+            held.append(route)
+
+        page.route("**/api/losses", hold)
+        page.get_by_role("button", name="A page of the handbook").click()
+        expect(page.locator("#look-status")).to_contain_text("what the tables saved follows")
+        page.locator("#look-tokens .tok").nth(6).click()
+        card, label = page.locator("#look-card"), "loss saved by the tables"
+        expect(card.locator(".losses")).to_contain_text("Loss without memory…")
+        expect(card.locator(".losses")).not_to_contain_text("saved")
+        assert label not in page.locator("#look-measure option").all_text_contents()
+        chosen = page.locator("#look-measure").input_value()
+        held[0].continue_()
+        expect(card.locator(".losses")).to_contain_text("saved")
+        expect(page.locator("#look-status")).not_to_contain_text("follows")
+        assert label in page.locator("#look-measure option").all_text_contents()
+        assert page.locator("#look-measure").input_value() == chosen
+        expect(page.locator("#look-plots .dot.on").first).to_be_visible()
 
 
 def test_the_correlations_are_right(browser, server):

@@ -173,7 +173,19 @@ def _add_model(app: FastAPI, service: Service) -> None:
         from engram_lm.serve.tracing import trace_text
 
         loaded = service.require_ready()
-        job = service.engine.submit(lambda job: trace_text(loaded, service.mixed, body.text, check=job.check))
+
+        def work(job: Any) -> dict[str, Any]:
+            return trace_text(loaded, service.mixed, body.text, check=job.check, without=body.without)
+
+        return await one_answer(request, service.engine.submit(work))
+
+    @app.post("/api/losses", response_model=None, responses=_answers(m.Losses, 429))
+    async def losses(body: m.LossesRequest, request: Request) -> Response:
+        """The loss of each token by the model alone, with its tables or without them."""
+        from engram_lm.serve.tracing import losses_of
+
+        loaded = service.require_ready()
+        job = service.engine.submit(lambda _: losses_of(loaded, body.text, tables=body.tables))
         return await one_answer(request, job)
 
     @app.post("/api/next", response_model=None, responses=_answers(m.Next, 429))

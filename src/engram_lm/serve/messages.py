@@ -29,6 +29,15 @@ class ErrorAnswer(Answer):
 
 class TraceRequest(Request):
     text: str = Field(description="The text to look into, sent as it is.")
+    without: bool = Field(
+        True,
+        description="Whether the losses without tables come too; false is twice as fast: /api/losses has them.",
+    )
+
+
+class LossesRequest(Request):
+    text: str
+    tables: bool = Field(True, description="Whether the model has its tables. The index is left out.")
 
 
 class NextRequest(Request):
@@ -189,7 +198,7 @@ class Seen(Answer):
 class TracedToken(Answer):
     id: int
     text: str
-    loss_off: float | None
+    loss_off: float | None = Field(description="null for the first token, and where it was not wanted.")
     loss_tables: float | None = Field(description="null for the first token, and without tables.")
     loss: float | None = Field(description="With all there is.")
     tables: list[LayerPart] | None
@@ -200,6 +209,11 @@ class TracedToken(Answer):
 class Trace(Answer):
     ms: float
     tokens: list[TracedToken]
+
+
+class Losses(Answer):
+    ms: float
+    losses: list[float | None] = Field(description="Nats, one a token; null for the first.")
 
 
 class Match(Answer):

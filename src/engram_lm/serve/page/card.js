@@ -30,7 +30,7 @@ function pairs(...rows) {
 function predicted(token) {
   const out = [el("h4", {}, word("card.index"))];
   const memory = token.index;
-  if (token.loss_off === null || token.loss_off === undefined) return [...out, el("p", { class: "note" }, word("card.first"))];
+  if (typeof token.loss !== "number") return [...out, el("p", { class: "note" }, word("card.first"))];
   if (!memory) out.push(el("p", { class: "note" }, word("card.no.index")));
   else {
     const match = memory.depth
@@ -45,16 +45,22 @@ function predicted(token) {
       [word("p.mix"), percent(memory.p)],
     ));
   }
-  out.push(pairs(
-    [word("card.loss.off"), word("nats", { value: number(token.loss_off) })],
-    typeof token.loss_tables === "number" ? [word("card.loss.tables"), losses(token.loss_off, token.loss_tables)] : null,
-    memory ? [word(token.tables ? "card.loss.both" : "card.loss.index"), losses(token.loss_off, token.loss)] : null,
-  ));
+  out.push(el("div", { class: "losses" }, losses(token)));
   return out;
 }
 
-function losses(before, after) {
-  return `${word("nats", { value: number(after) })} (${word("saved", { value: signed(before - after) })})`;
+/** The losses alone, in a card that shows `token` already: those without memory came later. */
+export function refill(card, token) {
+  card.querySelector(".losses")?.replaceChildren(losses(token));
+}
+
+function losses(token) {
+  const after = (value) => `${word("nats", { value: number(value) })}${typeof token.loss_off === "number" ? ` (${word("saved", { value: signed(token.loss_off - value) })})` : ""}`;
+  return pairs(
+    [word("card.loss.off"), typeof token.loss_off === "number" ? word("nats", { value: number(token.loss_off) }) : "…"],
+    typeof token.loss_tables === "number" ? [word("card.loss.tables"), after(token.loss_tables)] : null,
+    token.index ? [word(token.tables ? "card.loss.both" : "card.loss.index"), after(token.loss)] : null,
+  );
 }
 
 function read(token) {

@@ -1,6 +1,6 @@
 // The panel Look: a text with each token's heat, everything known of a token beside it, and what the heat follows.
 
-import { fill, forget, passages } from "./card.js";
+import { fill, forget, passages, refill } from "./card.js";
 import { at, duration, el, number, quoted, table, whole } from "./elements.js";
 import { chips } from "./examples.js";
 import { measures, signed } from "./measures.js";
@@ -53,12 +53,29 @@ export class Look {
       return;
     }
     await this.task.run(async (signal) => {
-      const trace = await post("/api/trace", { text }, { signal });
+      const trace = await post("/api/trace", { text, without: false }, { signal });
       forget();
       this.trace = trace;
       this.draw();
-      this.task.say(word("look.done", { tokens: whole(trace.tokens.length), ms: duration(trace.ms) }));
+      const done = word("look.done", { tokens: whole(trace.tokens.length), ms: duration(trace.ms) });
+      // The loss without tables takes a second forward: it follows when the heat is on the screen.
+      if (trace.tokens.some((token) => token.tables)) {
+        this.task.say(`${done} ${word("look.follows")}`);
+        const { losses } = await post("/api/losses", { text, tables: false }, { signal });
+        trace.tokens.forEach((token, i) => { token.loss_off = losses[i]; });
+        if (this.trace === trace) this.saved();
+      }
+      this.task.say(done);
     });
+  }
+
+  /** Draws again what the loss without tables belongs to; the token that is open stays open. */
+  saved() {
+    this.measures = measures(this.trace.tokens);
+    this.#choices();
+    this.colour();
+    if (this.shown >= 0) refill(at("look-card"), this.trace.tokens[this.shown]);
+    for (const dot of at("look-plots").querySelectorAll(".dot")) dot.classList.toggle("on", Number(dot.dataset.place) === this.pinned);
   }
 
   draw() {
@@ -83,8 +100,8 @@ export class Look {
       const options = this.measures.filter((measure) => measure.group === group);
       return options.length ? el("optgroup", { label: word(`m.group.${group}`) }, options.map((measure) => el("option", { value: measure.key }, measure.name))) : null;
     }).filter(Boolean));
-    // What the visitor chose stays; before that, what belongs to the memory that saved most here.
-    const group = strongest(this.trace.tokens);
+    // What was chosen stays; before that, the index where it saved anything to speak of, else the tables.
+    const group = beginning(this.trace.tokens);
     const wanted = this.measures.find((measure) => measure.key === this.chosen) ?? this.measures.find((measure) => measure.group === group);
     if (wanted) select.value = wanted.key;
     const orders = [...new Set(this.trace.tokens.flatMap((token) => (token.seen ?? []).filter((one) => one.count !== null).map((one) => one.order)))].sort();
@@ -142,7 +159,7 @@ export class Look {
       figures.push(scatter({ points: this.#points((token) => this.#count(token)), counts: true, unit: measure.full === 1 && !measure.signed, choose, yName: measure.name,
         xName: word("scatter.frequency", { n: at("look-order").value }) }));
     }
-    if (measure.saved) {
+    if (measure.saved?.some((value) => typeof value === "number")) {
       figures.push(scatter({ points: this.#points((_, place) => measure.saved[place]), unit: measure.full === 1 && !measure.signed, choose, yName: measure.name,
         xName: word(measure.group === "tables" ? "scatter.saved.next" : "scatter.saved") }));
     }
@@ -204,10 +221,8 @@ export class Look {
   }
 }
 
-/** The group of the memory that saved more of the loss. */
-function strongest(tokens) {
-  const sum = (of) => tokens.reduce((total, token) => total + (of(token) || 0), 0);
-  const tables = sum((token) => token.loss_off - (token.loss_tables ?? token.loss_off));
-  const index = sum((token) => (token.loss_tables ?? token.loss_off) - token.loss);
-  return tables > index ? "tables" : "index";
+/** The group to begin with. The losses without tables are not there yet, so the tables cannot be asked what they saved. */
+function beginning(tokens) {
+  const saved = tokens.reduce((sum, token) => sum + (token.index && typeof token.loss_tables === "number" ? token.loss_tables - token.loss : 0), 0);
+  return saved > 0.1 * tokens.length || !tokens.some((token) => token.tables) ? "index" : "tables";
 }

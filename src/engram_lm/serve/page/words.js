@@ -16,7 +16,7 @@ const en = {
 
   "look.title": "Where memory speaks",
   "look.lead": "Each token is as red as the memory you choose had a part in it. N-gram memory knows wording it has read, not what follows from it: red says that these words were seen before, not that they are true.",
-  "look.text": "Text", "look.trace": "Trace", "look.empty": "There is no text to trace. Type some, or press an example.", "look.done": "{tokens:token} in {ms}",
+  "look.text": "Text", "look.trace": "Trace", "look.empty": "There is no text to trace. Type some, or press an example.", "look.done": "{tokens:token} in {ms}", "look.follows": "– what the tables saved follows",
   "look.shown": "Heat shows", "look.tokens": "Tokens of the text: arrow keys move, Enter opens the details, Escape closes them",
   "look.nothing": "This server holds neither learned tables nor an index, so there is nothing to colour.",
   "card.title": "One token", "card.empty": "Point at a token, or tap it, to see what the memories did there.", "card.close": "Close the details", "card.place": "token {place}, id {id}",
@@ -90,7 +90,7 @@ const zh = {
 
   "look.title": "记忆在哪里说话",
   "look.lead": "所选的记忆对一个词元起的作用越大，它就越红。N 元组记忆只认得读过的措辞，不会推理：红色表示这些词见过，不表示它们是真的。",
-  "look.text": "文本", "look.trace": "追踪", "look.empty": "没有可追踪的文本。请输入，或按一个示例。", "look.done": "{tokens} 个词元，用时 {ms}",
+  "look.text": "文本", "look.trace": "追踪", "look.empty": "没有可追踪的文本。请输入，或按一个示例。", "look.done": "{tokens} 个词元，用时 {ms}", "look.follows": "——表节省的损失随后显示",
   "look.shown": "颜色表示", "look.tokens": "文本的词元：方向键移动，回车打开详情，Esc 关闭",
   "look.nothing": "这个服务器既没有学习到的表，也没有索引，没有可着色的内容。",
   "card.title": "一个词元", "card.empty": "指向或点按一个词元，看记忆在那里做了什么。", "card.close": "关闭详情", "card.place": "第 {place} 个词元，编号 {id}",
