@@ -4,10 +4,9 @@
         model(ids)                                  # every n-gram reads a row that belongs to another
     model(ids)                                      # bit for bit what it was
 
-    OneRow               every n-gram of a head reads the head's first row
-    ShuffledPositions    the addresses of a forward, dealt out anew over its positions
-    OtherRows            another row of the same head, always the same one: the table's rows exchanged
-    NoiseRows            a Gaussian row as long as the true one
+    OneRow       every n-gram of a head reads the head's first row
+    OtherRows    another row of the same head, always the same one: the table's rows exchanged
+    NoiseRows    a Gaussian row as long as the true one
 
 Addresses are exchanged before rows are fetched, so that gradients go to the rows that were read. Nothing in the tables or
 the layers changes; a memory that is off reads nothing.
@@ -45,22 +44,6 @@ class OneRow(Reading):
     def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
         first_C = torch.tensor(slot.scheme.offsets).to(address_BTC.device)
         return first_C.expand(address_BTC.shape).contiguous()
-
-
-class ShuffledPositions(Reading):
-    """A fresh permutation of the addresses over the B x T positions of each forward, all columns of a position together.
-
-    As many rows are read as before, and the same ones; which n-gram reads which has no rule that lasts. A position may
-    read what belongs to a later one: in a batch of one sequence that tells a little about the text ahead.
-    """
-
-    def __init__(self, *, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
-        address_NC = address_BTC.flatten(0, 1)
-        order_N = torch.randperm(len(address_NC), generator=self.generator).to(address_BTC.device)
-        return address_NC[order_N].view(address_BTC.shape)
 
 
 class OtherRows(Reading):
@@ -105,15 +88,28 @@ class NoiseRows(Reading):
         return (noise_BTCW * rows_BTCW.float().norm(dim=-1, keepdim=True)).to(rows_BTCW.dtype)
 
 
+class _Both(Reading):
+    """One change after another."""
+
+    def __init__(self, first: Reading, second: Reading) -> None:
+        self.first, self.second = first, second
+
+    def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
+        return self.second.addresses(slot, self.first.addresses(slot, address_BTC))
+
+    def rows(self, slot: "MemorySlot", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
+        return self.second.rows(slot, address_BTC, self.first.rows(slot, address_BTC, rows_BTCW))
+
+
 @contextlib.contextmanager
 def reading(model: nn.Module, change: Reading, *names: str) -> Iterator[None]:
-    """Let the named memories (default: all) read through `change` inside the block."""
+    """Let the named memories (default: all) read through `change` inside the block, after what changes them already."""
     from engram_lm.attachment import chosen_memories
 
     chosen = chosen_memories(model, names)
     before = [memory.reading for memory in chosen]
     for memory in chosen:
-        memory.reading = change
+        memory.reading = change if memory.reading is None else _Both(memory.reading, change)
     try:
         yield
     finally:
