@@ -33,7 +33,7 @@ from gate_texts import documents
 
 from engram_lm.adapt.answers import Answers, Question
 from engram_lm.adapt.kept import Kept
-from engram_lm.adapt.report import mean_interval
+from engram_lm.eval.intervals import mean_interval
 from engram_lm.library import Library, Text
 from engram_lm.library.choosing import Chooser
 from engram_lm.mixing import FixedLambda, memory_processor

@@ -16,7 +16,8 @@ from perplexity import Perplexity
 
 from engram_lm.adapt.arms import Arms, ModelReader, log_p_of
 from engram_lm.adapt.kept import Kept
-from engram_lm.adapt.report import mean_interval, perplexities
+from engram_lm.adapt.report import perplexities
+from engram_lm.eval.intervals import mean_interval
 from engram_lm.index.segment import Document, Segment
 from engram_lm.index.snapshot import Snapshot, View
 from engram_lm.train.base import load_base, quiet_libraries

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.adapt.report import between, plain, signed, table
+from engram_lm.eval.tables import between, plain, signed, table
 
 HERE = Path(__file__).parent
 NAMES = {

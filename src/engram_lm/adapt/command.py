@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_lm.adapt.kept import Kept
-from engram_lm.adapt.report import markdown, mean_interval, perplexities, signed, table
+from engram_lm.adapt.report import markdown, perplexities
 from engram_lm.adapt.texts import LEAST, MOST_COPIED, WINDOW, Window, copied, split, window_of
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.eval.intervals import mean_interval
+from engram_lm.eval.tables import signed, table
 
 if TYPE_CHECKING:
     from engram_lm.library import Library

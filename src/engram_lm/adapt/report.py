@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-DRAWS, LEAST_WINDOWS = 1000, 5
+from engram_lm.eval.intervals import drawn, interval
+from engram_lm.eval.tables import between, plain, table
 
 Row = dict[str, Any]
 
@@ -29,7 +30,7 @@ def _group(key: tuple[str, ...], rows: list[Row]) -> Row:
     tokens_N, mixed_N, alone_N = (
         np.array([row[name] for row in rows], float) for name in ("tokens", "log_p", "log_p_alone")
     )
-    draw_DN = np.random.default_rng(0).integers(0, len(rows), (DRAWS, len(rows)))
+    draw_DN = drawn(len(rows))
     tokens_D = tokens_N[draw_DN].sum(1)
     mixed_D, alone_D = (np.exp(-log_p[draw_DN].sum(1) / tokens_D) for log_p in (mixed_N, alone_N))
     total = tokens_N.sum()
@@ -44,38 +45,6 @@ def _group(key: tuple[str, ...], rows: list[Row]) -> Row:
         "perplexity": mixed, "interval": interval(mixed_D, len(rows)), "alone": alone,
         "change": mixed / alone - 1, "change_interval": interval(mixed_D / alone_D - 1, len(rows)), **means,
     }  # fmt: skip
-
-
-def interval(draws: np.ndarray, n: int) -> list[float] | None:
-    """The middle 95 % of the draws; None where they came from too few."""
-    return [float(x) for x in np.quantile(draws, [0.025, 0.975])] if n >= LEAST_WINDOWS else None
-
-
-def mean_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
-    """The mean of some values, one a document or question, and its interval."""
-    values_N = np.asarray(values, float)
-    draw_DN = np.random.default_rng(0).integers(0, len(values_N), (DRAWS, len(values_N)))
-    return float(values_N.mean()), interval(values_N[draw_DN].mean(1), len(values_N))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def signed(change: float) -> str:
-    """-0.12 as −12.0 %; small changes with two digits."""
-    digits = 1 if abs(change) >= 0.05 else 2
-    return f"{100 * change:+.{digits}f} %".replace("-", "−")
-
-
-def plain(number: float) -> str:
-    return f"{number:.2f}" if number < 100 else f"{number:,.0f}"
-
-
-def between(ends: list[float] | None) -> str:
-    return "" if ends is None else f" ({plain(ends[0])}–{plain(ends[1])})"
 
 
 NAMES = {

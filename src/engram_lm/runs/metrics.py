@@ -9,9 +9,10 @@ Tokens are those trained on, in all; losses are nats a token.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from engram_lm.whole import write_whole
 
 
 class Metrics:
@@ -45,13 +46,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 break
     return records
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a small file: the old one or the new one is there, never half of either."""
-    beside = path.with_name(f".{path.name}")
-    with open(beside, "w", encoding="utf8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

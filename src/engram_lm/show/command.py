@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import CheckpointError, ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError, MissingExtraError
 from engram_lm.show.heat import ColourWish, Quantity, Scale, legend, paint, wants_colour
 
 SESSION_TOKENS = 4096  # of prompt and output that a session remembers
@@ -239,24 +239,10 @@ def load(directory: Path, **placement: Any) -> tuple[Any, Any]:
 
     placement: `tier` and `cache_bytes`, as `from_pretrained` takes them.
     """
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{directory}: no such directory. Wanted what engram-lm train or save_memory wrote."
-        )
-    if not (directory / "memory.json").exists() and (directory / "run.json").exists():
-        whole = sorted(
-            (path.parent for path in directory.glob("checkpoints/checkpoint-*/whole.json")),
-            key=lambda path: int(path.name.rpartition("-")[2]),
-        )
-        advice = f"its last checkpoint can be used: {whole[-1]}" if whole else "it has no checkpoint yet"
-        raise CheckpointError(f"{directory} holds a run that is not over; {advice}.")
     try:
-        from engram_lm.attachment import _runtime, from_pretrained
-        from engram_lm.train.base import quiet_libraries
+        from engram_lm.attachment.loading import load_with_memory
     except ImportError as error:
         raise MissingExtraError(
             f'a model with memory needs torch and transformers ({error}): pip install "engram-lm[hf]"'
         ) from error
-    with quiet_libraries():
-        model = from_pretrained(directory, **placement)
-    return model, _runtime(model).tokenizer
+    return load_with_memory(directory, **placement)

@@ -271,12 +271,6 @@ def counting(gate: Lambda, count: str) -> Lambda:
 
 def load_any(name: str) -> tuple[Any, Any]:
     """(model, tokenizer): a memory directory, a run, smollm2, a path or a hub name."""
-    from engram_lm.show.command import load
+    from engram_lm.attachment.loading import load_any
 
-    directory = Path(name)
-    if directory.is_dir() and any((directory / file).exists() for file in ("memory.json", "run.json")):
-        return load(directory)
-    from engram_lm.train.base import load_base
-
-    base = load_base(name, report=lambda line: None)
-    return base.model, base.tokenizer
+    return load_any(name)
