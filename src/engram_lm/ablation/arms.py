@@ -15,7 +15,6 @@ All read as many rows a token as the memory and have its projection, gate and co
 
 from dataclasses import replace
 
-from engram_lm.attachment import profile_of
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
 
@@ -34,6 +33,8 @@ def control(config: MemoryConfig, name: str) -> MemoryConfig:
         return config
     if name != "unigram":
         return replace(config, control=name)
+    from engram_lm.attachment import profile_of
+
     profile = profile_of(config)
     return replace(
         config,
@@ -48,4 +49,6 @@ def control_of(config: MemoryConfig) -> str:
     """Which arm a config is, a loaded model's too: one of MEMORY_ARMS, "bias" or "off"."""
     if config.control is not None:
         return config.control
+    from engram_lm.attachment import profile_of
+
     return "unigram" if profile_of(config).orders == (1,) else "memory"

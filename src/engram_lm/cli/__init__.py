@@ -9,7 +9,7 @@ keeps its traceback.
     engram-lm addresses --profile deepseek-v4.1 --layer 1 --canonical --ids 0,5,17,-1,42 --json
 """
 
-from engram_lm.cli import adapt, gates, index, model, serve, tables
+from engram_lm.cli import ablate, adapt, gates, index, model, serve, tables
 from engram_lm.cli.app import INTERRUPTED, READER_GONE, REFUSED, app, main, run
 
 # importing the modules is what makes their commands
@@ -17,6 +17,7 @@ __all__ = [
     "INTERRUPTED",
     "READER_GONE",
     "REFUSED",
+    "ablate",
     "adapt",
     "app",
     "gates",

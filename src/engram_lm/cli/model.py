@@ -75,6 +75,7 @@ def train(
     txt_documents: Literal["file", "line", "paragraph"] | None = None,
     mode: Literal["memory", "lora", "all"] | None = None,
     lora_rank: int | None = None,
+    train_from: int | None = None,
     layers: str | None = None,
     profile: str | None = None,
     orders: str | None = None,
@@ -82,8 +83,12 @@ def train(
     rows_per_head: int | None = None,
     head_width: int | None = None,
     conv_kernel: int | None = None,
+    conv_dilation: int | None = None,
     hash_seed: int | None = None,
     rule: str | None = None,
+    control: Literal["one-row", "shuffled", "frozen-random", "bias", "off"] | None = None,
+    ffn_width: int | None = None,
+    embedding_rate: float | None = None,
     tokens: int | None = None,
     epochs: int | None = None,
     sequence_length: int | None = None,
@@ -131,6 +136,8 @@ def train(
         What trains: memory alone, memory and a LoRA adapter, or all (memory; all for scratch bases).
     lora_rank
         Rank of the adapter (8).
+    train_from
+        Blocks before this one, and the embedding, stay frozen in modes lora and all (none).
     layers
         Blocks before which memory enters, from 0, with commas (1 and the middle one).
     profile
@@ -145,10 +152,18 @@ def train(
         Numbers a row (32).
     conv_kernel
         Taps of the short conv, 0 for none (the profile's, 4).
+    conv_dilation
+        Tokens between its taps (the highest order).
     hash_seed
         Seed of the hash multipliers (the profile's).
     rule
         How rows train: row-adam, row-adam-momentum, row-momentum-sinkhorn, row-rmsprop or sgd (row-adam).
+    control
+        Train a memory that something is missing from, to compare with; engram-lm ablate trains them all.
+    ffn_width
+        Of a scratch base: another inner width of its feed-forward layers.
+    embedding_rate
+        The token embedding trains at this multiple of the rate, without weight decay (1: as all else).
     tokens
         How many tokens to train on (all of the training side).
     epochs

@@ -34,7 +34,7 @@ def train_command(given: dict[str, Any]) -> int:
         options = read_options(stored) | {"minutes": None}
     for name in _NUMBERS:
         if name in given:
-            given[name] = _numbers(given[name], name)
+            given[name] = numbers(given[name], name)
     config = TrainConfig.from_json(options | given)
     # before torch and transformers: their own notes are not for the reader of this command
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -55,7 +55,8 @@ def train_command(given: dict[str, Any]) -> int:
     return _INTERRUPTED if outcome.state == "interrupted" else _FINISHED
 
 
-def _numbers(text: str, name: str) -> tuple[int, ...]:
+def numbers(text: str, name: str) -> tuple[int, ...]:
+    """Whole numbers with commas between, as an option gives them."""
     try:
         return tuple(int(part) for part in text.replace(",", " ").split())
     except ValueError:

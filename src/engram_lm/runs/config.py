@@ -35,7 +35,11 @@ class TrainConfig:
             memory; all for scratch bases, which know nothing yet.
         lora_rank: of the adapter, 8.
         layers: blocks before which memory enters; default block 1 and the middle one.
-        profile, orders, heads, rows_per_head, head_width, conv_kernel, hash_seed, rule: see MemoryConfig.
+        train_from: blocks before this one stay frozen, the embedding with them, in modes "lora" and "all".
+        profile, orders, heads, rows_per_head, head_width, conv_kernel, conv_dilation, hash_seed, rule: see MemoryConfig.
+        control: train a memory that something is missing from, see MemoryConfig.
+        ffn_width: of a scratch base, another inner width of its feed-forward layers.
+        embedding_rate: the token embedding trains at this multiple of the rate, without weight decay (1: as all else).
         tokens: how many to train on, out of the training side of the data; default all. epochs: passes over them.
         sequence_length: tokens a sequence. batch_size: sequences a forward. accumulation: forwards a step.
         packing: "concat" or "documents", see train.data.
@@ -56,6 +60,7 @@ class TrainConfig:
     txt_documents: str = "paragraph"
     mode: Mode | None = None
     lora_rank: int | None = None
+    train_from: int | None = None
     layers: tuple[int, ...] | None = None
     profile: str = "paper"
     orders: tuple[int, ...] | None = None
@@ -63,8 +68,12 @@ class TrainConfig:
     rows_per_head: int = 20_011
     head_width: int = 32
     conv_kernel: int | None = None
+    conv_dilation: int | None = None
     hash_seed: int | None = None
     rule: str = "row-adam"
+    control: str | None = None
+    ffn_width: int | None = None
+    embedding_rate: float = 1.0
     tokens: int | None = None
     epochs: int = 1
     sequence_length: int = 256
@@ -112,6 +121,8 @@ class TrainConfig:
                 raise ConfigError(f"{name} is one of {listed}; got {getattr(self, name)!r}.")
         least = {
             "lora_rank": 1,
+            "train_from": 0,
+            "ffn_width": 1,
             "tokens": 1,
             "epochs": 1,
             "sequence_length": 2,
@@ -123,7 +134,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ConfigError(f"{name} must be at least {lowest}; got {value}.")
-        for name in ("learning_rate", "minutes"):
+        for name in ("learning_rate", "minutes", "embedding_rate"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name} must be greater than 0; got {value}.")
@@ -140,8 +151,21 @@ class TrainConfig:
             )
         if self.lora_rank is not None and self.mode != "lora":
             raise ConfigError("lora_rank has no effect without --mode lora.")
+        self._check_what_trains()
         # the memory's own checks, before anything is loaded
         self.memory(self.layers or (0,))
+
+    def _check_what_trains(self) -> None:
+        """ConfigError for options without effect, and for a run in which nothing would train."""
+        mode = self.mode or ("all" if self.is_scratch else "memory")
+        if self.ffn_width is not None and not self.is_scratch:
+            raise ConfigError(f"ffn_width belongs to scratch bases; {self.base} has its own.")
+        if self.train_from is not None and mode == "memory":
+            raise ConfigError("train_from has no effect in mode memory, which freezes every block.")
+        if self.embedding_rate != 1 and (mode != "all" or self.train_from is not None):
+            raise ConfigError("embedding_rate has no effect where the token embedding does not train.")
+        if self.control == "off" and mode == "memory":
+            raise ConfigError('With control "off" and mode memory nothing trains; choose mode lora or all.')
 
     @property
     def is_scratch(self) -> bool:
@@ -161,6 +185,8 @@ class TrainConfig:
             rows_per_head=self.rows_per_head,
             head_width=self.head_width,
             conv_kernel=self.conv_kernel,
+            conv_dilation=self.conv_dilation,
+            control=self.control,
             seed=self.hash_seed,
             rule=self.rule,
         )
@@ -221,6 +247,7 @@ def first_difference(one: TrainConfig, other: TrainConfig) -> str | None:
 
 
 _WHOLE = ("lora_rank", "heads", "rows_per_head", "head_width", "conv_kernel", "hash_seed", "tokens", "epochs")
+_WHOLE += ("train_from", "ffn_width", "conv_dilation")
 _WHOLE += (
     "sequence_length",
     "batch_size",
@@ -231,7 +258,7 @@ _WHOLE += (
     "log_every",
 )
 _WHOLE += ("keep_checkpoints", "seed")
-_NUMBER = ("holdout", "learning_rate", "warmup", "weight_decay", "clip", "minutes")
+_NUMBER = ("holdout", "learning_rate", "warmup", "weight_decay", "clip", "minutes", "embedding_rate")
 _TEXT = ("base", "field", "profile", "rule")
 _KINDS: tuple[tuple[str, Any, str], ...] = (
     *((name, int, "a whole number") for name in _WHOLE),

@@ -145,11 +145,11 @@ def told(outcome: Outcome) -> list[str]:
             f"held-out loss {on:.4f} with memory (perplexity {math.exp(on):.2f}), {off:.4f} with {off_name} "
             f"({math.exp(off):.2f}), {results['loss_base']:.4f} before training; {results['held_out_tokens']:,} tokens"
         )
-        share = results["share"]
-        lines.append(
-            f"memory moves a hidden state by {100 * share['p50']:.1f} % at the median held-out token, "
-            f"{100 * share['p99']:.1f} % at one in a hundred"
-        )
+        if share := results.get("share"):
+            lines.append(
+                f"memory moves a hidden state by {100 * share['p50']:.1f} % at the median held-out token, "
+                f"{100 * share['p99']:.1f} % at one in a hundred"
+            )
     if "tables_mb" in results:
         lines.append(f"trained on {results['tokens']:,} tokens; tables of {results['tables_mb']:,.1f} MB")
         lines.append(
@@ -173,6 +173,7 @@ class _Prepared(NamedTuple):
     held_out: Any
     held_out_tokens: int
     steps: int
+    trained_parameters: int
 
 
 def _begun(out: Path, earlier: str) -> dict[str, Any] | None:
@@ -212,6 +213,7 @@ def _prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) -
             from transformers import AutoTokenizer
 
             own = {"tokenizer": AutoTokenizer.from_pretrained(checkpoint), "seed": config.seed}
+        own["ffn_width"] = config.ffn_width
     model, tokenizer, base = load_base(config.base, dtype="float32", report=progress.say, **own)
     decoder = find_decoder(model)
     longest = getattr(model.config, "max_position_embeddings", None)
@@ -247,13 +249,21 @@ def _prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) -
         measured = Subset(
             held_out, range(max(1, min(len(held_out), config.eval_tokens // config.sequence_length)))
         )
+    if config.train_from is not None and config.train_from >= len(decoder.blocks):
+        raise ConfigError(
+            f"train_from is block {config.train_from}; {config.base} has blocks 0 to {len(decoder.blocks) - 1}."
+        )
     model = _with_memory(model, tokenizer, base, config)
     tables = [table for memory in memories(model).values() for table in memory.tables]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shape = "no memory" if config.control == "off" else f"{config.control or 'memory'} before blocks "
+    if config.control != "off":
+        shape += ", ".join(map(str, config.layers))
+    if config.control not in ("bias", "off"):
+        shape += f": {sum(t.n_rows for t in tables):,} rows of {config.head_width}, "
+        shape += f"{sum(t.n_rows * t.bytes_per_row for t in tables) / 1e6:,.1f} MB"
     progress.say(
-        f"memory before blocks {', '.join(map(str, config.layers))}: {sum(t.n_rows for t in tables):,} rows of "
-        f"{config.head_width}, {sum(t.n_rows * t.bytes_per_row for t in tables) / 1e6:,.1f} MB; "
-        f"mode {config.mode}, {trained / 1e6:,.1f} M other parameters train, {steps:,} steps"
+        f"{shape}; mode {config.mode}, {trained / 1e6:,.1f} M other parameters train, {steps:,} steps"
     )
     return _Prepared(
         config=config,
@@ -265,6 +275,7 @@ def _prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) -
         held_out=measured,
         held_out_tokens=len(measured) * config.sequence_length if measured else 0,
         steps=steps,
+        trained_parameters=trained,
     )
 
 
@@ -287,7 +298,12 @@ def _split(corpus: Corpus, config: TrainConfig) -> tuple[Blocks, Blocks | None]:
 
 
 def _with_memory(model: Any, tokenizer: Any, base: Any, config: TrainConfig) -> Any:
-    model.requires_grad_(config.mode == "all")
+    blocks = find_decoder(model).blocks
+    chosen = None if config.train_from is None else range(config.train_from, len(blocks))
+    model.requires_grad_(config.mode == "all" and chosen is None)
+    if config.mode == "all" and chosen is not None:
+        for block in blocks[config.train_from :]:
+            block.requires_grad_(True)
     if config.mode == "lora":
         try:
             from peft import LoraConfig, get_peft_model
@@ -298,6 +314,7 @@ def _with_memory(model: Any, tokenizer: Any, base: Any, config: TrainConfig) -> 
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
             target_modules="all-linear",
+            layers_to_transform=None if chosen is None else list(chosen),
             task_type="CAUSAL_LM",
         )
         with quiet_libraries():
@@ -413,6 +430,7 @@ def _trainer(prepared: _Prepared, out: Path, conductor: _Conductor) -> MemoryTra
         callbacks=[conductor],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.embedding_rate = config.embedding_rate
     return trainer
 
 
@@ -518,18 +536,23 @@ def _interruptible(conductor: _Conductor, progress: Progress) -> Iterator[None]:
 
 def _measure(prepared: _Prepared, conductor: _Conductor) -> dict[str, Any]:
     tables = [table for memory in memories(prepared.model).values() for table in memory.tables]
-    results: dict[str, Any] = {"mode": prepared.config.mode}
+    results: dict[str, Any] = {"mode": prepared.config.mode, "control": prepared.config.control}
+    results["trained_parameters"] = prepared.trained_parameters
     results["tables_mb"] = round(sum(t.n_rows * t.bytes_per_row for t in tables) / 1e6, 3)
     measured = [record for record in conductor.metrics.records if "eval_loss" in record]
     if not measured:
         return results
-    sequences = Subset(prepared.held_out, range(min(len(prepared.held_out), _SHARE_SEQUENCES)))
-    return results | {
+    results |= {
         "loss_on": measured[-1]["eval_loss"],
         "loss_off": measured[-1]["eval_loss_off"],
         "loss_base": measured[0]["eval_loss_off"],
         "held_out_tokens": prepared.held_out_tokens,
-        "share": held_out_shares(conductor.model, sequences, batch_size=prepared.config.batch_size),
+    }
+    if prepared.config.control in ("bias", "off"):
+        return results
+    sequences = Subset(prepared.held_out, range(min(len(prepared.held_out), _SHARE_SEQUENCES)))
+    return results | {
+        "share": held_out_shares(conductor.model, sequences, batch_size=prepared.config.batch_size)
     }
 
 
@@ -539,4 +562,6 @@ def _title(prepared: _Prepared) -> str:
         config.mode
     ]
     blocks = ", ".join(map(str, config.layers))
+    if config.control:
+        what = f"control {config.control}, mode {config.mode}, on"
     return f"{what} {Path(config.base).name if config.base.startswith('/') else config.base}, blocks {blocks}"

@@ -48,6 +48,8 @@ class MemoryTrainer(Trainer):
             _refuse(args)
         # Trainer switches the cache off in the model's config; what is saved keeps the model's own choice
         self.own_use_cache = getattr(model.config, "use_cache", None)
+        # the token embedding's multiple of the rate; other than 1 also without weight decay
+        self.embedding_rate = 1.0
         super().__init__(model, args, **options)
         _refuse(self.args)
 
@@ -55,6 +57,19 @@ class MemoryTrainer(Trainer):
         """Parameters under weight decay: transformers' choice without the memory's handles, norms and convs."""
         names = super().get_decay_parameter_names(model)
         return [name for name in names if ".engram." not in f".{name}" or name.endswith("projection.weight")]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """transformers' choice; the token embedding in a group of its own where its rate is another."""
+        if self.optimizer is not None or self.embedding_rate == 1:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        embedding = self.model.get_input_embeddings().weight
+        for group in optimizer.param_groups:
+            group["params"] = [p for p in group["params"] if p is not embedding]
+        optimizer.add_param_group(
+            {"params": [embedding], "lr": self.args.learning_rate * self.embedding_rate, "weight_decay": 0.0}
+        )
+        return optimizer
 
     # ---- saving -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -71,14 +71,15 @@ def load_base(
     text_files: Sequence[str | Path] | str | Path | None = None,
     tokenizer: Any = None,
     seed: int | None = None,
+    ffn_width: int | None = None,
     progress: Literal["quiet", "bars"] = "quiet",
     report: Callable[[str], None] = report_to_stderr,
 ) -> LoadedBase:
     """Load or build a base in eval mode. `dtype` None keeps the checkpoint's own (float32 for smollm2 and scratch).
 
-    `text_files`, `tokenizer` and `seed` belong to `scratch:` names alone: one or none of the first two, and the
-    weights' seed (0). `progress="bars"` lets the libraries draw theirs. `report` receives one line about what was
-    loaded and how long it took.
+    `text_files`, `tokenizer`, `seed` and `ffn_width` belong to `scratch:` names alone: one or none of the first two, the
+    weights' seed (0), and another inner width of the feed-forward layers than the recipe's. `progress="bars"` lets the
+    libraries draw theirs. `report` receives one line about what was loaded and how long it took.
     """
     try:
         import torch  # noqa: F401
@@ -89,8 +90,10 @@ def load_base(
     start = time.perf_counter()
     wanted = _dtype(dtype)
     name, about = str(name), ""
-    if not name.startswith("scratch:") and not (text_files is tokenizer is seed is None):
-        raise ConfigError(f"text_files, tokenizer and seed belong to scratch: bases; {name!r} brings its own")
+    if not name.startswith("scratch:") and not (text_files is tokenizer is seed is ffn_width is None):
+        raise ConfigError(
+            f"text_files, tokenizer, seed and ffn_width belong to scratch: bases; {name!r} brings its own"
+        )
     with contextlib.nullcontext() if progress == "bars" else quiet_libraries():
         if name == "smollm2":
             from engram_lm.train.smollm2 import load_smollm2
@@ -99,7 +102,9 @@ def load_base(
             model = model if wanted is None else model.to(wanted)
             kind = "smollm2"
         elif name.startswith("scratch:"):
-            model, found, about = _scratch(name.removeprefix("scratch:"), text_files, tokenizer, seed or 0)
+            model, found, about = _scratch(
+                name.removeprefix("scratch:"), text_files, tokenizer, seed or 0, ffn_width
+            )
             sha256 = fingerprint_of(model)
             model = model if wanted is None else model.to(wanted)
             kind = "scratch"
@@ -196,10 +201,14 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     raise ConfigError(f"dtype {dtype!r} is no floating-point type of torch, such as float32 or bfloat16")
 
 
-def _scratch(recipe_name: str, text_files: Any, tokenizer: Any, seed: int) -> tuple[Any, Any, str]:
+def _scratch(
+    recipe_name: str, text_files: Any, tokenizer: Any, seed: int, ffn_width: int | None
+) -> tuple[Any, Any, str]:
     from engram_lm.train.recipes import build_model, byte_tokenizer, recipe_named, train_tokenizer
 
     recipe = recipe_named(recipe_name)
+    if ffn_width is not None:
+        recipe = replace(recipe, intermediate_size=ffn_width)
     if tokenizer is not None and text_files is not None:
         raise ConfigError(
             "a scratch base takes its vocabulary from tokenizer= or from text_files=, not from both"
