@@ -194,7 +194,7 @@ class Subject:
         return said
 
     def _same_from_cache(self, prompt: np.ndarray, continuations: Sequence[Sequence[int]]) -> bool:
-        """Whether the longest continuation is as probable from a cache: some recurrent layers take one token at a time only."""
+        """Whether the longest continuation is as probable from a cache: some recurrent layers take single tokens only."""
         longest = max(continuations, key=len)
         found = self._from_cache(prompt, [longest, longest])
         plain = self.continuations_plain(prompt, [longest])[0].log_p
