@@ -1,6 +1,7 @@
 """Snapshots of several segments with deleted documents against counting by hand, in every way of counting."""
 
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
-from engram_lm.index import plain
+from engram_lm.index import plain, views
 from engram_lm.index.segment import Document, Segment
 from engram_lm.index.snapshot import Snapshot, View, dead_ranks
 
@@ -51,12 +52,13 @@ def memories(draw, max_documents=9):
     documents = draw(st.lists(document, max_size=max_documents))
     # parts of documents again, and one that repeats itself: contexts that are equal for long
     documents += [[*d, *d, *d[1:]] for d in documents[:2]] + [[0, 1] * draw(st.integers(0, 8))]
-    cuts = draw(st.lists(st.integers(0, len(documents)), max_size=3).map(sorted))
+    cuts = draw(st.lists(st.integers(0, len(documents)), max_size=6).map(sorted))
     segments = [documents[a:b] for a, b in zip([0, *cuts], [*cuts, len(documents)], strict=True)]
     deleted = draw(st.sets(st.integers(0, len(documents) - 1), max_size=4))
-    return Memory(
-        segments, deleted, nodes=draw(st.sampled_from([(1, 1), (3, 2), (9, 2), (1024, 256)]))
-    ), documents
+    nodes = draw(st.sampled_from([(1, 1), (3, 2), (9, 2), (1024, 256)]))
+    # segments up to this size are walked side by side where they are many, the others by themselves
+    with mock.patch.object(views, "_SMALL", draw(st.sampled_from([2**18, 8, -1]))):
+        return Memory(segments, deleted, nodes=nodes), documents
 
 
 contexts = st.lists(st.integers(-1, VOCAB + 1), max_size=9)

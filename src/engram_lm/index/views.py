@@ -23,6 +23,7 @@ Count = str
 
 _LARGE = 2**16  # tokens of a segment from which its counts of single tokens are kept
 _FEW = 8  # runs of documents that are looked for one by one
+_SMALL = 2**18  # tokens of a segment whose `before` is worked out
 
 
 class View:
@@ -192,6 +193,11 @@ class _Facts:
             self.arrays[walks.NODE_LOW], np.arange(0, N + walks.NODE_RANKS, walks.NODE_RANKS, np.uint32)
         )
         self.arrays[walks.NODE_FROM] = from_B.astype(np.uint32)
+        if N <= _SMALL:
+            at_N = self.arrays[walks.ORDER][:N].astype(np.int64) - 2
+            known = (at_N >= 0) & (at_N < N)
+            before_N = self.arrays[walks.TOKENS][:N][np.where(known, at_N, 0)]
+            self.arrays[walks.BEFORE] = np.append(np.where(known, before_N, token(end)), token(end))
         self.row = np.zeros(walks.ROW, np.int64)
         for at, array in self.arrays.items():
             self.row[at] = _address(array)

@@ -338,9 +338,10 @@ def scan(table_SF, s, low, high, end, count_V, touched_V, n, pairs_P4, state):
         for rank in range(low, high):
             token = load32(address + 4 * rank) if four else load16(address + 2 * rank)
             if token <= end:
-                if count_V[token] == 0:
+                # whether a token is new is anybody's guess: no branch
+                if n < touched_V.shape[0]:
                     touched_V[n] = token
-                    n += 1
+                n += count_V[token] == 0
                 count_V[token] += 1
         return n
     i = dead_below(table_SF, s, low) if n_dead else np.int64(0)
@@ -374,6 +375,10 @@ def histogram(table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pairs_P
         return n
     state[0] += 1
     state[1] = 0
+    # far from each other: read side by side before the first scan's branches stop that
+    for s in range(table_SF.shape[0]):
+        if high_SD[s, depth] > low_SD[s, depth]:
+            touched_V[0] += token_at(table_SF, s, NEXT, low_SD[s, depth])
     for s in range(table_SF.shape[0]):
         low, high = low_SD[s, depth], high_SD[s, depth]
         if high <= low:

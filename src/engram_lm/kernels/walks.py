@@ -37,9 +37,12 @@ FOUR, OVER, CAP, END = 22, 23, 24, 25
 # where sources reach over several segments: the address of each document's number among all of the snapshot's sources, how
 # many there are, and what tells this snapshot's way of counting from others
 SHARED, N_SOURCES, SERIAL = 26, 27, 28
-ROW = 29
+# of a small segment, worked out by a reader: the token two before each position, by rank; most of a walk then reads one array
+BEFORE = 29
+ROW = 30
 NODE_RANKS = 4096
 _RANKS_AT_ONCE = 1024
+_SIDE_BY_SIDE = 4  # segments that are searched side by side
 
 
 @njit(nogil=True, cache=True)
@@ -59,6 +62,9 @@ def token_at(table_SF, s, section, i):
 @njit(nogil=True, cache=True)
 def _back(table_SF, s, rank, depth, end):
     """The token `depth` + 1 before the position of a rank, -1 where its document has begun."""
+    if depth == 1 and table_SF[s, BEFORE] != 0:
+        token = token_at(table_SF, s, BEFORE, rank)
+        return np.int64(-1) if token >= end else token
     at = number_at(table_SF, s, ORDER, rank) - 1 - depth
     if at < 0 or at >= table_SF[s, N_TOKENS]:
         return np.int64(-1)
@@ -100,15 +106,20 @@ def narrow(table_SF, s, low, high, depth, token, end):
 
 
 @njit(nogil=True, cache=True)
-def walk_one(table_SF, s, context_K, n, most, end, low_D, high_D):
-    """Fill the intervals of the last 0, 1, ... of the first n tokens of context_K; returns the largest depth that occurs."""
+def walk_one(table_SF, s, context_K, n, most, end, low_D, high_D, known):
+    """Fill the intervals of the last 0, 1, ... of the first n tokens of context_K; returns the largest depth that occurs.
+
+    known: of so many tokens the intervals are there already.
+    """
     N = table_SF[s, N_TOKENS]
     low_D[0], high_D[0] = 0, N
     for depth in range(min(n, most)):
         token = context_K[n - 1 - depth]
         if token < 0 or token >= end:
             return depth
-        if depth == 0:
+        if depth < known:
+            low, high = low_D[depth + 1], high_D[depth + 1]
+        elif depth == 0:
             low, high = number_at(table_SF, s, FIRST, token), number_at(table_SF, s, FIRST, token + 1)
             high = min(high, N)
         else:
@@ -141,6 +152,42 @@ def live_in(table_SF, s, low, high):
 
 
 @njit(nogil=True, cache=True)
+def walk_two(table_SF, context_K, n, most, end, low_SD, high_SD):
+    """Fill the intervals of the last token and the last two in every segment; returns how many of the two it filled.
+
+    A search in one segment is a chain of reads, each of which waits for the one before; in many segments side by side they
+    wait together.
+    """
+    if min(n, most) < 1 or context_K[n - 1] < 0 or context_K[n - 1] >= end:
+        return 0
+    last = context_K[n - 1]
+    for s in range(table_SF.shape[0]):
+        low_SD[s, 1] = number_at(table_SF, s, FIRST, last)
+        high_SD[s, 1] = min(number_at(table_SF, s, FIRST, last + 1), table_SF[s, N_TOKENS])
+    if min(n, most) < 2 or context_K[n - 2] < 0 or context_K[n - 2] >= end:
+        return 1
+    token, going = context_K[n - 2], True
+    for s in range(table_SF.shape[0]):
+        low_SD[s, 2], high_SD[s, 2] = low_SD[s, 1], max(high_SD[s, 1], low_SD[s, 1])
+    while going:
+        going = False
+        for s in range(table_SF.shape[0]):
+            a, b = low_SD[s, 2], high_SD[s, 2]
+            if a < b and table_SF[s, BEFORE] != 0:
+                middle = (a + b) >> 1
+                here = token_at(table_SF, s, BEFORE, middle)
+                less = (here < token) | (here >= end)
+                low_SD[s, 2] = middle + 1 if less else a
+                high_SD[s, 2] = b if less else middle
+                going = True
+    for s in range(table_SF.shape[0]):
+        a, high = low_SD[s, 2], high_SD[s, 1]
+        if a < high and (table_SF[s, BEFORE] == 0 or token_at(table_SF, s, BEFORE, a) == token):
+            low_SD[s, 2], high_SD[s, 2] = narrow(table_SF, s, a, high, 1, token, end)
+    return 2
+
+
+@njit(nogil=True, cache=True)
 def walk(table_SF, context_K, n, most, end, low_SD, high_SD, live_D):
     """The intervals of every segment (0, 0 where nothing is live) and the live positions of all; returns the largest depth.
 
@@ -148,9 +195,12 @@ def walk(table_SF, context_K, n, most, end, low_SD, high_SD, live_D):
     """
     for d in range(most + 1):
         live_D[d] = 0
+    known = np.int64(0)
+    if table_SF.shape[0] >= _SIDE_BY_SIDE:
+        known = walk_two(table_SF, context_K, n, most, end, low_SD, high_SD)
     depth = 0
     for s in range(table_SF.shape[0]):
-        reached = walk_one(table_SF, s, context_K, n, most, end, low_SD[s], high_SD[s])
+        reached = walk_one(table_SF, s, context_K, n, most, end, low_SD[s], high_SD[s], known)
         d = 0
         while d <= reached:
             live = live_in(table_SF, s, low_SD[s, d], high_SD[s, d])
