@@ -90,7 +90,9 @@ class Plan:
         return arm != "none" or self.shared.is_scratch
 
     def config(self, arm: str, seed: int, sizes: Sizes, *, minutes: float | None = None) -> TrainConfig:
-        """The run of one arm."""
+        """The run of one arm. ConfigError for an arm that trains nothing."""
+        if not self.trains(arm):
+            raise ConfigError(f"{self.shared.base} is measured as it is in the arm none; there is no run.")
         rate = self.shared.learning_rate * (CONTINUED_RATE if arm == "continued" else 1.0)
         own: dict[str, Any] = {
             "seed": seed,

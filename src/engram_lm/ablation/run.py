@@ -105,13 +105,13 @@ def _arm(
     progress: Progress,
     command: str,
 ) -> State:
-    from engram_lm.ablation.circumstances import circumstances, described
     from engram_lm.ablation.measure import load_arm, losses_of, texts_of
+    from engram_lm.eval.circumstances import circumstances, described
     from engram_lm.runs.metrics import read_metrics
 
-    config = plan.config(arm, seed, sizes, minutes=minutes)
     directory, trained = out / RUNS / f"{arm}-{seed}", {}
     if plan.trains(arm):
+        config = plan.config(arm, seed, sizes, minutes=minutes)
         begin_cpu_s = time.process_time()
         state = _train(config, directory, progress)
         if state != "finished":
@@ -120,6 +120,7 @@ def _arm(
         facts = json.loads((directory / "run.json").read_text(encoding="utf8"))
         records = [record for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
         trained = {
+            "config": config.to_json() | {"minutes": None},
             "steps": facts["steps"],
             "tokens": facts["results"]["tokens"],
             "corpus": facts["corpus"],
@@ -135,7 +136,7 @@ def _arm(
     else:
         from engram_lm.train.base import load_base
 
-        model, tokenizer, _ = load_base(config.base, dtype="float32", report=lambda line: None)
+        model, tokenizer, _ = load_base(plan.shared.base, dtype="float32", report=lambda line: None)
     begin_s, losses = time.perf_counter(), {}
     for name, blocks in texts_of(plan.shared, plan.texts, tokenizer).items():
         found = losses_of(model, blocks)
@@ -150,9 +151,8 @@ def _arm(
         **trained,
         "losses": losses,
         "measuring_seconds": round(time.perf_counter() - begin_s, 1),
-        "config": config.to_json() | {"minutes": None},
         "sizes": sizes.to_json(),
-        "data": described(find_files(list(config.data))),
+        "data": described(find_files(list(plan.shared.data))),
         "texts": {name: described(find_files(files)) for name, files in plan.texts.items()},
         "command": command,
         "circumstances": circumstances(),

@@ -51,7 +51,8 @@ class Sizes:
 
 def sizes_of(config: TrainConfig, *, train_from: int | None = None) -> Sizes:
     """Load the base, put the memory of `config` on it, and count. train_from: the first block that gets an adapter."""
-    import torch
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
 
     from engram_lm.attachment import attach, memories
     from engram_lm.attachment.structure import find_decoder
@@ -66,7 +67,7 @@ def sizes_of(config: TrainConfig, *, train_from: int | None = None) -> Sizes:
         module
         for block in decoder.blocks[train_from or 0 :]
         for module in block.modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, (Linear, Conv1D))
     ]
     attach(model, tokenizer, config.memory(config.layers), base=ref)
     (memory,) = memories(model).values()
@@ -78,7 +79,7 @@ def sizes_of(config: TrainConfig, *, train_from: int | None = None) -> Sizes:
         memory_weights=sum(p.numel() for p in memory.slots.parameters()) - handles,
         rows=sum(table.n_rows * table.width for table in memory.tables),
         row_bytes=sum(table.n_rows * table.bytes_per_row for table in memory.tables),
-        lora_of_rank_1=max(1, sum(m.in_features + m.out_features for m in adapted)),
+        lora_of_rank_1=max(1, sum(sum(module.weight.shape) for module in adapted)),
         hidden_size=decoder.hidden_size,
         ffn_width_of_base=getattr(model.config, "intermediate_size", None) if config.is_scratch else None,
     )

@@ -25,8 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from torch.nn import Linear
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainingArguments, default_data_collator, set_seed
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 
 from engram_lm import __version__
@@ -298,12 +300,9 @@ def _split(corpus: Corpus, config: TrainConfig) -> tuple[Blocks, Blocks | None]:
 
 
 def _with_memory(model: Any, tokenizer: Any, base: Any, config: TrainConfig) -> Any:
-    blocks = find_decoder(model).blocks
-    chosen = None if config.train_from is None else range(config.train_from, len(blocks))
-    model.requires_grad_(config.mode == "all" and chosen is None)
-    if config.mode == "all" and chosen is not None:
-        for block in blocks[config.train_from :]:
-            block.requires_grad_(True)
+    trained_blocks = find_decoder(model).blocks[config.train_from or 0 :]
+    model.requires_grad_(config.mode == "all" and config.train_from is None)
+    trained_blocks.requires_grad_(config.mode == "all")
     if config.mode == "lora":
         try:
             from peft import LoraConfig, get_peft_model
@@ -313,13 +312,22 @@ def _with_memory(model: Any, tokenizer: Any, base: Any, config: TrainConfig) -> 
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=2 * config.lora_rank,
-            target_modules="all-linear",
-            layers_to_transform=None if chosen is None else list(chosen),
+            target_modules="all-linear" if config.train_from is None else _linear_in(model, trained_blocks),
             task_type="CAUSAL_LM",
         )
         with quiet_libraries():
             model = get_peft_model(model, adapter)
     return attach(model, tokenizer, config.memory(config.layers), base=base)
+
+
+def _linear_in(model: Any, blocks: Any) -> list[str]:
+    """Names of the matrices in some blocks; with a pattern peft would not take blocks."""
+    inside = {id(module) for module in blocks.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) in inside and isinstance(module, (Linear, Conv1D))
+    ]
 
 
 def _require_same(out: Path, facts: dict[str, Any], prepared: _Prepared) -> None:
