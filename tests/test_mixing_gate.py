@@ -6,9 +6,11 @@ import sys
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, DataError, IdentityError
-from engram_lm.mixing.features import NAMES, Evidence, features
+from engram_lm.mixing.features import NAMES, Evidence, features, features_of_one
 from engram_lm.mixing.fit import Examples, calibrate, draw_calibration, examples_of, fit_gate, report
 from engram_lm.mixing.fit import _objective as objective_of
 from engram_lm.mixing.gate import MOST, FixedLambda, Gate, Reading, default_gate
@@ -177,6 +179,27 @@ def test_fixed_lambdas_and_refusals():
     ):
         with pytest.raises(ConfigError, match=message):
             make()
+
+
+number = st.integers(0, 10**9) | st.integers(0, 40)
+nats = st.floats(0, 30)
+rows = st.fixed_dictionaries(
+    {
+        **dict.fromkeys(("depth", "generated", "count", "distinct", "count_below", "distinct_below"), number),
+        "documents": st.integers(0, 16), "memory_entropy": nats, "top_p": st.floats(0, 1), "model_entropy": nats,
+        "model_top_logp": nats.map(float.__neg__), "model_logp_of_top": nats.map(float.__neg__) | st.just(-np.inf),
+        "same_top": st.booleans(),
+    }
+)  # fmt: skip
+
+
+@settings(deadline=None)
+@given(rows, number)
+def test_features_of_one_row_are_those_of_many(row, tokens):
+    many = features(Evidence(**{name: [value] for name, value in row.items()}), tokens=tokens)
+    one = features_of_one(**row, tokens=tokens)
+    assert one.shape == many.shape
+    np.testing.assert_allclose(one, many, rtol=1e-13, atol=1e-13)
 
 
 def test_features_are_moderate_and_tell_fresh_matches_from_copied_ones():

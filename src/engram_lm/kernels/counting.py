@@ -156,31 +156,38 @@ def _adjust(table_SF, s, node, a, b):
 
 
 @njit(nogil=True, cache=True)
-def _sort_pairs(token_I, group_I, n, end):
-    """Sort n pairs by token, byte after byte from the lowest."""
-    from_I, from_group_I = np.empty(n, np.int64), np.empty(n, np.int64)
+def _sorted_pairs(pair_I, n, groups, end):
+    """The first n of pair_I, each token * 2**32 + group, ascending; byte after byte from the lowest. pair_I is used up."""
+    from_I, to_I = pair_I, np.empty(n, np.int64)
     at_B = np.empty(257, np.int64)
-    shift = 0
-    while end >> shift:
+    shift, last = 0, 32
+    while end >> (last - 32):
+        last += 8
+    while shift < last:
+        if shift < 32 and groups >> shift == 0:
+            shift = 32
+            continue
         for byte in range(257):
             at_B[byte] = 0
         for i in range(n):
-            from_I[i], from_group_I[i] = token_I[i], group_I[i]
-            at_B[((token_I[i] >> shift) & 255) + 1] += 1
+            at_B[((from_I[i] >> shift) & 255) + 1] += 1
         for byte in range(256):
             at_B[byte + 1] += at_B[byte]
         for i in range(n):
-            byte = (from_I[i] >> shift) & 255
-            token_I[at_B[byte]], group_I[at_B[byte]] = from_I[i], from_group_I[i]
+            pair = from_I[i]
+            byte = (pair >> shift) & 255
+            to_I[at_B[byte]] = pair
             at_B[byte] += 1
+        from_I, to_I = to_I, from_I
         shift += 8
+    return from_I
 
 
 @njit(nogil=True, cache=True)
 def _list_capped(table_SF, s, low, high, a, b):
     """Write the list a .. b of an interval with counts of at most CAP a document; what is left of it is END, 0 times."""
     end, n_dead, cap = table_SF[s, END], table_SF[s, N_DEAD], table_SF[s, CAP]
-    token_I, group_I = np.empty(max(high - low, 0), np.int64), np.empty(max(high - low, 0), np.int64)
+    pair_I = np.empty(max(high - low, 0), np.int64)
     n, i = 0, dead_below(table_SF, s, low)
     for rank in range(low, high):
         if i < n_dead and number_at(table_SF, s, DEAD, i) == rank:
@@ -188,22 +195,16 @@ def _list_capped(table_SF, s, low, high, a, b):
             continue
         token, group = token_at(table_SF, s, NEXT, rank), group_here(table_SF, s, rank)
         if token <= end and group >= 0:
-            token_I[n], group_I[n] = token, group
+            pair_I[n] = (token << 32) | group
             n += 1
-    _sort_pairs(token_I, group_I, n, end)
-    # the last token for which a document was seen, + 1, and how often
-    stamp_D = np.zeros(max(table_SF[s, N_DOCUMENTS], 1), np.int64)
-    seen_D = np.zeros(stamp_D.shape[0], np.int64)
-    e, count = a, np.int64(0)
+    pair_I = _sorted_pairs(pair_I, n, table_SF[s, N_DOCUMENTS], end)
+    e, count, alike = a, np.int64(0), np.int64(0)
     for i in range(n):
-        token, group = token_I[i], group_I[i]
-        if group < stamp_D.shape[0]:
-            if stamp_D[group] != token + 1:
-                stamp_D[group], seen_D[group] = token + 1, 0
-            seen_D[group] += 1
-            count += seen_D[group] <= cap
+        token = pair_I[i] >> 32
+        alike = alike + 1 if i > 0 and pair_I[i - 1] == pair_I[i] else 1
+        count += alike <= cap
         # each number once: another thread may be reading what it wrote itself
-        if (i + 1 == n or token_I[i + 1] != token) and e < b:
+        if (i + 1 == n or pair_I[i + 1] >> 32 != token) and e < b:
             _write_entry(table_SF, s, e, token, count)
             e += 1
             count = 0
@@ -248,7 +249,7 @@ def joint_list(table_SF, depth, low_SD, high_SD, end, state):
     size = np.int64(0)
     for s in range(table_SF.shape[0]):
         size += max(high_SD[s, depth] - low_SD[s, depth], 0)
-    token_I, group_I, n = np.empty(size, np.int64), np.empty(size, np.int64), np.int64(0)
+    pair_I, n = np.empty(size, np.int64), np.int64(0)
     for s in range(table_SF.shape[0]):
         n_dead = table_SF[s, N_DEAD]
         i = dead_below(table_SF, s, low_SD[s, depth]) if n_dead else np.int64(0)
@@ -258,12 +259,12 @@ def joint_list(table_SF, depth, low_SD, high_SD, end, state):
                 continue
             token, group = token_at(table_SF, s, NEXT, rank), group_of(table_SF, s, rank)
             if token <= end and 0 <= group < table_SF[s, N_SOURCES]:
-                token_I[n], group_I[n] = token, group
+                pair_I[n] = (token << 32) | group
                 n += 1
-    _sort_pairs(token_I, group_I, n, end)
+    pair_I = _sorted_pairs(pair_I, n, table_SF[first, N_SOURCES], end)
     distinct = np.int64(0)
     for i in range(n):
-        distinct += i == 0 or token_I[i] != token_I[i - 1]
+        distinct += i == 0 or pair_I[i] >> 32 != pair_I[i - 1] >> 32
     if state[JOINT_USED] + distinct > state[JOINT_ROOM]:
         state[JOINT_USED] = 0
         for i in range(JOINT_SLOTS):
@@ -271,15 +272,12 @@ def joint_list(table_SF, depth, low_SD, high_SD, end, state):
             store32(state[JOINT_SLOT] + 4 * SLOT * i, 0xFFFFFFFF)
     a = state[JOINT_USED]
     b = min(a + distinct, state[JOINT_ROOM])
-    stamp_G, seen_G = np.zeros((2, max(table_SF[first, N_SOURCES], 1)), np.int64)
-    cap, e, count = table_SF[first, CAP], a, np.int64(0)
+    cap, e, count, alike = table_SF[first, CAP], a, np.int64(0), np.int64(0)
     for i in range(n):
-        token, group = token_I[i], group_I[i]
-        if stamp_G[group] != token + 1:
-            stamp_G[group], seen_G[group] = token + 1, 0
-        seen_G[group] += 1
-        count += seen_G[group] <= cap
-        if (i + 1 == n or token_I[i + 1] != token) and e < b:
+        token = pair_I[i] >> 32
+        alike = alike + 1 if i > 0 and pair_I[i - 1] == pair_I[i] else 1
+        count += alike <= cap
+        if (i + 1 == n or pair_I[i + 1] >> 32 != token) and e < b:
             store32(state[JOINT_TOKEN] + 4 * e, token)
             store32(state[JOINT_COUNT] + 4 * e, count)
             e += 1

@@ -18,6 +18,7 @@ this prompt's rows alone (`session`). Needs torch; not transformers.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -26,11 +27,11 @@ import torch
 
 from engram_lm.errors import ConfigError, StateError
 from engram_lm.mixing import onepass
-from engram_lm.mixing.features import features
+from engram_lm.mixing.features import features_of_one
 from engram_lm.mixing.gate import Lambda
 from engram_lm.mixing.identity import require_identity, rules_of
 from engram_lm.mixing.mix import TokenRules, mix
-from engram_lm.mixing.reading import Memory, evidence, read_next
+from engram_lm.mixing.reading import Memory, read_next
 from engram_lm.mixing.session import SessionMemory
 from engram_lm.mixing.trace import MemoryStep
 
@@ -201,11 +202,16 @@ def look_up(
     q, memory = read_next(snapshot, context, rules, gate.reading, out=out)
     at, most, lse, entropy = onepass.survey(row_V)
     top = int(memory.top[0])
-    of_top = row_V[top] - lse if top >= 0 else -np.inf
-    survey = np.array([[0.0, of_top, entropy, most - lse, at, lse]])
     lam = 0.0
     if memory.count[0] and np.isfinite(lse):
-        seen = features(evidence(memory, survey, generated=generated), tokens=snapshot.n_tokens)
+        seen = features_of_one(
+            tokens=snapshot.n_tokens, depth=int(memory.depth[0]), generated=generated, count=int(memory.count[0]),
+            distinct=int(memory.distinct[0]), count_below=int(memory.count_below[0]),
+            distinct_below=int(memory.distinct_below[0]), documents=int(memory.documents[0]),
+            memory_entropy=float(memory.entropy[0]), top_p=float(memory.top_p[0]), model_entropy=entropy,
+            model_top_logp=most - lse, model_logp_of_top=float(row_V[top]) - lse if top >= 0 else -math.inf,
+            same_top=at == top,
+        )  # fmt: skip
         lam = float(gate.lambdas(seen)[0])
     return LookUp(q, memory, lam, lse)
 
