@@ -47,7 +47,6 @@ def measure(name: str, arm: str, subject: Subject, options: argparse.Namespace, 
         found = canaries.exposure(subject, secrets, states=states, references=REFERENCES)
     else:
         from engram_lm.eval import benchmarks
-        from engram_lm.eval.tasks import find_benchmarks, read_items
 
         settings = benchmarks.settings(TASKS, data=options.data / "probes", states=states, limit=ITEMS)
         if finished(name, settings, out):
