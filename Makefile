@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
     && { echo $$python; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types bench-core bench-tables bench-index demo demo-terminal
+.PHONY: help setup test test-all lint types bench-core bench-tables bench-index proof demo demo-terminal
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ bench-tables: setup ## time tables in host memory, on disk and in training; need
 
 bench-index: setup ## the index on real text beside infini-gram; ENGRAM_INDEX_TEXT names the text; the last line is JSON
 	$(BIN)/python benchmarks/index.py
+
+proof: setup ## does a fact live in memory? ten arms, two seeds, about an hour of one core; goes on where it was stopped
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/where_a_fact_lives/run.py --out runs/proof
+	$(BIN)/python experiments/where_a_fact_lives/figures.py --from runs/proof/results
 
 demo: $(PREPARED) ## a page: see what memory does, and change it; Ctrl-C stops it
 	$(BIN)/engram-lm serve
