@@ -77,7 +77,7 @@ def test_numbers_follow_the_answers():
     # off: Lima comes first, then Algiers, Luanda, N'Djamena
     assert rank["verbatim", "off"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 + 1) / 5)
     assert measured.facts["relations"]["capital"]["verbatim"] == {"facts": 5, "on": 1.0, "off": 0.4}
-    assert "chance 25.0%" in measured.notes[0]
+    assert "chance 25.0 %" in measured.notes[0]
 
 
 def test_facts_without_other_words_are_asked_verbatim_alone():

@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +143,7 @@ def read(path: Path) -> list[Canary]:
 
 def exposures(
     subject: Subject, canaries: Sequence[Canary], *, references: int = REFERENCES, seed: int = 0,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:  # fmt: skip
     """float64 [N], bits, in the subject's present state: exposure of each canary, from 0 to log2(references + 1).
 
@@ -192,9 +192,14 @@ def exposure(
         raise ConfigError(f"references is 1 or more secrets to compare with; got {references}.")
     begun, values, rows = time.perf_counter(), [], {}
     groups = sorted({canary.repeats for canary in canaries})
-    for state in states:
+    for s, state in enumerate(states):
+
+        def told(done: int, total: int, s: int = s) -> None:
+            if progress:
+                progress(s * total + done, len(states) * total)
+
         with subject.state(state):
-            bits_N = exposures(subject, canaries, references=references, seed=seed, progress=progress)
+            bits_N = exposures(subject, canaries, references=references, seed=seed, progress=told)
         rows[state] = [round(float(x), 4) for x in bits_N]
         for repeats in groups:
             chosen = bits_N[[canary.repeats == repeats for canary in canaries]]

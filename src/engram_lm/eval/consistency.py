@@ -152,7 +152,7 @@ def consistency(
         "consistency", tuple(values), settings(relations, states=states, candidates=candidates, seed=seed),
         notes=(
             f"{len(relations)} relations, {wordings:.1f} wordings each on average. The answer is the most probable of the "
-            f"true object and up to {candidates} other objects of its relation. Always the same word would be consistent too.",
+            f"true object and up to {candidates} other objects of its relation. One constant word would be consistent too.",
         ),
         seconds=round(time.perf_counter() - begun, 2), facts={"relations": by_relation},
     )  # fmt: skip

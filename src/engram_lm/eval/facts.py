@@ -21,7 +21,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,7 +53,7 @@ class Fact:
 
 
 def read_facts(files: Sequence[str | Path], *, most: int | None = None, seed: int = 0) -> list[Fact]:
-    """Facts of JSON lines (.jsonl, plain or .gz or .xz); `most` of them, drawn with the seed. DataError names a bad line."""
+    """Facts of JSON lines (.jsonl, plain or .gz or .xz), all or `some`. DataError names a bad line."""
     found = []
     for path in find_files(list(files)):
         for record, number in json_lines(read_lines(path), path, "prompt"):
@@ -70,12 +70,23 @@ def read_facts(files: Sequence[str | Path], *, most: int | None = None, seed: in
             found.append(Fact(id=name, paraphrases=tuple(others), **texts))
     if not found:
         raise DataError(f"{', '.join(map(str, files))}: no fact.")
-    if most is not None and most < 1:
+    return found if most is None else some(found, most, seed=seed)
+
+
+def some(facts: Sequence[Fact], most: int, *, seed: int) -> list[Fact]:
+    """`most` of the facts, drawn with the seed, in their order; all where there are no more."""
+    if most < 1:
         raise ConfigError(f"The number of facts is 1 or more; got {most}.")
-    if most is None or most >= len(found):
-        return found
-    chosen = np.random.default_rng(seed).permutation(len(found))[:most]
-    return [found[i] for i in sorted(chosen)]
+    chosen = np.random.default_rng(seed).permutation(len(facts))[:most]
+    return [facts[i] for i in sorted(chosen)]
+
+
+def answers_of(facts: Sequence[Fact]) -> dict[str, list[str]]:
+    """relation -> its answers, each as often as it is one."""
+    answers: dict[str, list[str]] = {}
+    for fact in facts:
+        answers.setdefault(fact.relation, []).append(fact.answer)
+    return answers
 
 
 def others_of(answers: Sequence[str], answer: str, *, most: int, key: Sequence[Any]) -> list[str]:
@@ -108,9 +119,12 @@ def ranked(subject: Subject, prompt: str, answers: Sequence[str]) -> tuple[np.nd
     return log_p, greedy
 
 
-def settings(facts: Sequence[Fact], *, states: Sequence[str], candidates: int, seed: int) -> dict[str, Any]:
+def settings(
+    facts: Sequence[Fact], *, states: Sequence[str], candidates: int, seed: int,
+    answers: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What `facts_measured` depends on beside the model."""
-    text = json.dumps([asdict(fact) for fact in facts])
+    text = json.dumps([[asdict(fact) for fact in facts], answers])
     return {
         "facts": len(facts), "facts_sha256": hashlib.sha256(text.encode()).hexdigest()[:16], "states": list(states),
         "candidates": candidates, "seed": seed,
@@ -119,27 +133,23 @@ def settings(facts: Sequence[Fact], *, states: Sequence[str], candidates: int, s
 
 def facts_measured(
     subject: Subject, facts: Sequence[Fact], *, states: Sequence[str], candidates: int = CANDIDATES, seed: int = 0,
-    progress: Progress | None = None,
+    answers: Mapping[str, Sequence[str]] | None = None, progress: Progress | None = None,
 ) -> Measured:  # fmt: skip
-    """All facts in every state."""
+    """All facts in every state. answers: of each relation, to draw candidates from; default those of the facts asked."""
     subject.require_states(states)
     if candidates < 1:
         raise ConfigError(f"candidates is 1 or more other answers; got {candidates}.")
     begun = time.perf_counter()
-    answers: dict[str, list[str]] = {}
-    for fact in facts:
-        answers.setdefault(fact.relation, []).append(fact.answer)
-    common = {relation: Counter(found).most_common(1)[0][0] for relation, found in answers.items()}
+    common = {relation: Counter(found).most_common(1)[0][0] for relation, found in answers_of(facts).items()}
+    pool = answers or answers_of(facts)
+    others = [others_of(pool[f.relation], f.answer, most=candidates, key=[seed, f.relation]) for f in facts]
     asked: dict[str, dict[str, list[_Asked]]] = {}
     for s, state in enumerate(states):
         asked[state] = {"verbatim": [], "paraphrased": []}
         with subject.state(state):
             for n, fact in enumerate(facts):
-                others = others_of(
-                    answers[fact.relation], fact.answer, most=candidates, key=[seed, fact.relation]
-                )
                 for kind, prompts in (("verbatim", [fact.prompt]), ("paraphrased", fact.paraphrases)):
-                    found = [_ask(subject, prompt, fact.answer, others) for prompt in prompts]
+                    found = [_ask(subject, prompt, fact.answer, others[n]) for prompt in prompts]
                     if found:
                         asked[state][kind].append(_Asked.mean(fact, found))
                 if progress:
@@ -158,14 +168,14 @@ def facts_measured(
                     [float(row.fact.answer == common[row.fact.relation]) for row in rows]
                 )
                 values.append(Value(name, kind, CONSTANT, mean, len(rows), "facts", ends and tuple(ends)))
-    choices = np.mean([1 + min(candidates, len(set(answers[f.relation]) - {f.answer})) for f in facts])
+    choices_N = np.array([1 + len(found) for found in others])
     return Measured(
-        "facts", tuple(values), settings(facts, states=states, candidates=candidates, seed=seed),
+        "facts", tuple(values), settings(facts, states=states, candidates=candidates, seed=seed, answers=answers),
         notes=(
             "Said in full: greedy decoding says every token of the answer. First among answers: more probable than each of "
-            f"up to {candidates} other answers of the relation ({choices:.1f} answers on average, chance "
-            f"{np.mean([1 / (1 + min(candidates, len(set(answers[f.relation]) - {f.answer}))) for f in facts]):.1%}). "
-            "A fact asked in several other words counts once, with the mean. Verbatim prompts are the document's own words.",
+            f"up to {candidates} other answers of the relation ({choices_N.mean():.1f} answers on average, chance "
+            f"{100 * (1 / choices_N).mean():.1f} %). A fact asked in several other words counts once, with the mean. Verbatim "
+            "prompts are the document's own words.",
         ),
         seconds=round(time.perf_counter() - begun, 2), facts={"relations": _by_relation(asked)},
     )  # fmt: skip

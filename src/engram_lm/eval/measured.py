@@ -22,7 +22,8 @@ class Value:
     """One number.
 
     name: what it is, such as "perplexity". of: of which texts, relation or bucket. memory: the state of the memory (see
-    `subject.STATES`). interval: 95 %, None where there is none. count: how many `unit`s it is of.
+    `subject.STATES`), or one of its layers, or the baseline. interval: 95 %, None where there is none. count: how many
+    `unit`s it is of.
     """
 
     name: str
