@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
 from engram_lm.index import plain, views
+from engram_lm.index import snapshot as snapshot_module
 from engram_lm.index.segment import Document, Segment
 from engram_lm.index.snapshot import Snapshot, View, dead_ranks
+from engram_lm.kernels import walks
 
 VOCAB = 5
 
@@ -181,6 +183,34 @@ def test_many_nodes_and_deletions_together(large, count):
     assert dict(zip(tokens.tolist(), counts.tolist(), strict=True)) == plain.continuations(
         memory.live, [], end=300
     )
+
+
+@pytest.mark.parametrize("count", ["tokens", "documents", "sources"])
+def test_prepared_lists_are_those_worked_out_when_asked_for(large, count):
+    documents = large[1]
+    split = [documents[:3], documents[3:5], documents[5:]]
+    made = [Memory(split, {2, 5}, vocab_size=300, nodes=(50, 10)) for _ in range(3)]
+    made[0].snapshot.prepare(count=count)
+    with mock.patch.object(snapshot_module, "_RANKS_AT_ONCE", 100):
+        made[1].snapshot.prepare(count=count, going=iter([True, False, False, False]).__next__)
+    answers = [
+        [one.snapshot.distribution(documents[i][:n], count=count).p for i in (0, 2, 4) for n in (1, 2, 5)]
+        for one in made
+    ]
+    np.testing.assert_array_equal(answers[0], answers[2])
+    np.testing.assert_array_equal(answers[1], answers[2])
+
+
+def test_what_is_prepared_is_there_and_what_was_stopped_is_not(large):
+    documents = large[1]
+    memory = Memory([documents], vocab_size=300, nodes=(50, 10))
+    (row,) = memory.snapshot._table("documents", None).rows
+    ready = memory.snapshot.views[0]._rows["documents", 1][1][1][: row[walks.N_NODES]]
+    with mock.patch.object(snapshot_module, "_RANKS_AT_ONCE", 100):
+        memory.snapshot.prepare(count="documents", going=iter([True, False]).__next__)
+    assert 0 < ready.sum() < len(ready)
+    memory.snapshot.prepare(count="documents")
+    assert ready.all()
 
 
 def test_the_top_token_does_not_depend_on_what_came():

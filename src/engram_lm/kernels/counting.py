@@ -27,6 +27,7 @@ from engram_lm.kernels.walks import (
     N_COUNTS,
     N_DEAD,
     N_DOCUMENTS,
+    N_NODES,
     N_SOURCES,
     N_TOKENS,
     NEXT,
@@ -104,6 +105,16 @@ def node_range(table_SF, s, node):
         _adjust(table_SF, s, node, a, b)
         set_flag(table_SF[s, READY] + node)
     return a, b
+
+
+@njit(nogil=True, cache=True)
+def prepare(table_SF, s, node, ranks):
+    """Work out the lists of nodes from `node` on, of about so many ranks in all; returns the next node."""
+    while node < table_SF[s, N_NODES] and ranks > 0:
+        ranks -= number_at(table_SF, s, NODE_HIGH, node) - number_at(table_SF, s, NODE_LOW, node)
+        node_range(table_SF, s, node)
+        node += 1
+    return node
 
 
 @njit(nogil=True, cache=True)

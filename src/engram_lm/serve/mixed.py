@@ -7,6 +7,7 @@ mixed.look_up(context, logits_V)                       # P_memory of every token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +50,11 @@ class Mixed:
         from engram_lm.mixing.identity import rules_of
 
         return rules_of(self.loaded.tokenizer, self.loaded.model, self.shelf.snapshot())
+
+    def prepare(self, going: Callable[[], bool]) -> None:
+        """See `Snapshot.prepare`; for the newest snapshot, in the gate's way of counting."""
+        reading = self.gate.reading
+        self.shelf.snapshot().prepare(count=reading.count, cap=reading.cap, going=going)
 
     def of_text(self, ids_T: np.ndarray, logits_TV: np.ndarray) -> list[dict[str, Any] | None]:
         """What the index knew of each token before it came; None for the first, and where the index is empty."""

@@ -53,7 +53,7 @@ class Service:
         self._begun = time.perf_counter() if begun is None else begun
         self._ready = False
         self._whole, self._warm = threading.Event(), warm
-        self._pending = 0
+        self._pending, self._closing = 0, False
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="engram reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="engram writer")
         self.engine = Engine(
@@ -69,6 +69,8 @@ class Service:
         self._ready = True
         if self._warm is not None:
             self._warm(self)
+        with contextlib.suppress(RuntimeError):  # closed meanwhile
+            self._writer.submit(self._tidy)
 
     def _watch_blocks(self) -> None:
         """Let a long forward end between two blocks where nobody waits for it any more."""
@@ -117,8 +119,13 @@ class Service:
             self._pending -= 1
 
     def _tidy(self) -> None:
+        """Merge small segments, and work out what questions will need of wide intervals."""
+        if self.shelf is None:
+            return
         try:
             self.shelf.tidy()
+            if self.mixed is not None:
+                self.mixed.prepare(going=lambda: not self._closing)
         except Exception as error:  # the next change tries again
             LOG.warning("small segments of the index were not merged: %s", error)
 
@@ -141,6 +148,7 @@ class Service:
 
     def close(self) -> None:
         """End what runs and what waits; wait for changes of the index."""
+        self._closing = True
         self.engine.close()
         self._readers.shutdown(cancel_futures=True)
         self._writer.shutdown()
