@@ -127,6 +127,9 @@ def main():
         "model": "SmolLM2-135M-Instruct", "dtype": str(model.dtype), "threads": options.threads,
         "index_tokens": len(segment), "at_most_added": LIMIT, "decoding": {}, "scoring": {},
     }  # fmt: skip
+    start = time.process_time()
+    snapshot.prepare(count=gate.reading.count, cap=gate.reading.cap)
+    found["prepare_cpu_s"] = time.process_time() - start
     rng = np.random.default_rng(SEED)
     for path in options.text:
         tokens = np.load(path, mmap_mode="r")
