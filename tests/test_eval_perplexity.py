@@ -181,7 +181,8 @@ def test_a_window_beyond_the_model_is_refused(loud):
 
 def test_results_are_kept_and_other_settings_refused(tmp_path):
     measured = Measured(
-        "perplexity", (Value("perplexity", "a", "on", 2.5, 10, "tokens", (2.0, 3.0)), Value("x", "", "off", None, 0, "facts")),
+        "perplexity",
+        (Value("perplexity", "a", "on", 2.5, 10, "tokens", (2.0, 3.0)), Value("x", "", "off", None, 0, "facts")),
         {"window": 8, "states": ["on"]}, ("A note.",), 1.5, {"more": [1]},
     )  # fmt: skip
     path = save(measured, tmp_path / "out")

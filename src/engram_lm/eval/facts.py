@@ -174,8 +174,8 @@ def facts_measured(
         notes=(
             "Said in full: greedy decoding says every token of the answer. First among answers: more probable than each of "
             f"up to {candidates} other answers of the relation ({choices_N.mean():.1f} answers on average, chance "
-            f"{100 * (1 / choices_N).mean():.1f} %). A fact asked in several other words counts once, with the mean. Verbatim "
-            "prompts are the document's own words.",
+            f"{100 * (1 / choices_N).mean():.1f} %). A fact asked in several other words counts once, with the mean. "
+            "Verbatim prompts are the document's own words.",
         ),
         seconds=round(time.perf_counter() - begun, 2), facts={"relations": _by_relation(asked)},
     )  # fmt: skip
