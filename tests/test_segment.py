@@ -284,7 +284,15 @@ def test_first_is_where_each_last_token_begins(saved):
     segment, _ = saved
     last = np.concatenate([[40], segment.tokens[:-1]])[segment.order].astype(int)
     last[last == 40] = -1
-    assert segment.arrays["first"].tolist() == np.searchsorted(last, np.arange(41)).tolist()
+    assert segment.first.tolist() == np.searchsorted(last, np.arange(41)).tolist()
+    damaged = Segment(
+        {**segment.arrays, "first_token": segment.arrays["first_token"][::-1].copy()},
+        vocab_size=40,
+        heavy=9,
+        wide=9,
+    )
+    with pytest.raises(CheckpointError, match="table of last tokens"):
+        damaged.match([1])
 
 
 def test_what_cannot_be_is_refused(tmp_path):

@@ -323,17 +323,19 @@ def test_a_damaged_segment_reads_nothing_outside():
     for seed in range(60):
         rng = np.random.default_rng(seed)
         segment = Segment.build(documents, vocab_size=30, heavy=20, wide=5)
-        names = [
+        names = ["first"] + [
             n
             for n in segment.arrays
-            if n.startswith(("tokens", "order", "next", "first", "node", "document_at"))
-            and len(segment.arrays[n])
+            if n.startswith(("tokens", "order", "next", "node", "document_at")) and len(segment.arrays[n])
         ]
         for name in ("next", *names[seed % len(names) :][:2])[seed % 2 :]:
-            array = segment.arrays[name].copy()
+            array = (segment.first if name == "first" else segment.arrays[name]).copy()
             at = rng.integers(0, len(array), max(len(array) // 8, 1))
             array[at] = rng.integers(0, np.iinfo(array.dtype).max, len(at), dtype=array.dtype)
-            segment.arrays[name] = array
+            if name == "first":
+                segment.first = array
+            else:
+                segment.arrays[name] = array
         dead = np.unique(rng.integers(0, len(segment), 20, dtype=np.uint32))
         for dead_rank in (None, dead):
             snapshot = Snapshot([View(segment, dead_rank), View(segment, dead_rank)], vocab_size=30)

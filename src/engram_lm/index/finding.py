@@ -21,16 +21,16 @@ class Finder:
 
     def __init__(self, opened: Opened, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
-        self._views = [(entry, opened.view(entry)) for entry in reversed(entries)]
+        self._opened = opened
         self._asked = 0
         self._numbers: dict[int, dict[str, int]] = {}
 
     def find(self, document_id: str) -> tuple[Entry, int] | None:
         """The segment of a live document and its number there."""
         self._asked += 1
-        for entry, view in self._views:
-            number = self._number_of(entry, view.segment, document_id)
-            if number >= 0 and number not in view.dead_documents:
+        for entry in reversed(self.entries):
+            number = self._number_of(entry, self._opened.segment(entry), document_id)
+            if number >= 0 and number not in self._opened.dead_documents(entry):
                 return entry, number
         return None
 

@@ -7,6 +7,7 @@
 What is mapped stays readable after its file was removed.
 """
 
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class Opened:
         self._segments: dict[str, Segment] = {}
         self._masks: dict[str, Dead] = {}
         self._views: dict[tuple[str, ...], View] = {}
+        self._dead: dict[tuple[str, ...], frozenset[int]] = {}
         self.manifest, self._file = read_manifest(directory)
 
     @property
@@ -68,6 +70,7 @@ class Opened:
             self._segments = {name: found for name, found in self._segments.items() if name in segments}
             self._masks = {name: found for name, found in self._masks.items() if name in masks}
             self._views = {name: found for name, found in self._views.items() if name in views}
+            self._dead = {name: found for name, found in self._dead.items() if name in views}
 
     def views(self, tenants: Sequence[str]) -> list[View]:
         """What these tenants have, in the order of the manifest."""
@@ -94,6 +97,15 @@ class Opened:
                 self._views[key] = View(self.segment(entry), rank, documents)
             return self._views[key]
 
+    def dead_documents(self, entry: Entry) -> frozenset[int]:
+        """Numbers of the deleted documents of a segment, without looking at its places."""
+        with self._lock:
+            key = _key(entry)
+            if key not in self._dead:
+                parts = [self.mask(entry, mask)[0] for mask in entry.masks]
+                self._dead[key] = frozenset(itertools.chain.from_iterable(part.tolist() for part in parts))
+            return self._dead[key]
+
     def mask(self, entry: Entry, mask: Mask) -> Dead:
         """What a mask of an entry says."""
         with self._lock:
@@ -117,7 +129,7 @@ class Opened:
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
-            self._segments, self._masks, self._views = {}, {}, {}
+            self._segments, self._masks, self._views, self._dead = {}, {}, {}, {}
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0:

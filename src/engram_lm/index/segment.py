@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from engram_lm.kernels.sorting import gather
 
 SUFFIX = ".segment"
 HEAVY = 8192
+_MOST_IDS = 1024
 WIDE = 256
 MAX_ORDER = 64  # tokens of context that a match looks at, and up to which intervals become nodes
 
@@ -104,7 +106,7 @@ class Match:
 class Segment:
     """Arrays of a segment, in memory or mapped from its file; none can be written.
 
-    arrays: the sections of docs/index.md by name, and "first" in full, uint32 [V + 1].
+    arrays: the sections of docs/index.md by name.
     """
 
     def __init__(
@@ -117,12 +119,25 @@ class Segment:
         path: Path | None = None,
     ) -> None:
         self.vocab_size, self.heavy, self.wide, self.path = vocab_size, heavy, wide, path
-        self.arrays = {**arrays, "first": _first(arrays, vocab_size)}
+        self.arrays = dict(arrays)
         for array in self.arrays.values():
             array.flags.writeable = False
         self.tokens, self.order, self.next = arrays["tokens"], arrays["order"], arrays["next"]
         self.document_at = arrays["document_at"]
         self.tokenizer = arrays["tokenizer"].tobytes().decode("utf8", "replace")
+        self._ids: dict[int, str] = {}
+
+    @cached_property
+    def first(self) -> np.ndarray:
+        """Where the positions with each last token begin in `order`, and N: uint32 [V + 1]."""
+        try:
+            found = _first(self.arrays, self.vocab_size)
+        except ValueError:
+            raise CheckpointError(
+                f"{self.path or 'This segment'} is damaged: its table of last tokens is not in order."
+            ) from None
+        found.flags.writeable = False
+        return found
 
     @property
     def end(self) -> int:
@@ -147,7 +162,7 @@ class Segment:
         context_K = np.ascontiguousarray(found, np.int64)
         low_D, high_D = np.empty(max_order + 1, np.int64), np.empty(max_order + 1, np.int64)
         depth = search.walk(
-            self.tokens, self.order, self.arrays["first"], context_K, max_order, self.end, low_D, high_D
+            self.tokens, self.order, self.first, context_K, max_order, self.end, low_D, high_D
         )
         return Match(low_D[: depth + 1], high_D[: depth + 1])
 
@@ -188,7 +203,12 @@ class Segment:
         while low < high:
             middle = (low + high) // 2
             number = int(by_id[middle])
-            known = _id_of(self._line(number))
+            known = self._ids.get(number)
+            if known is None:
+                known = _id_of(self._line(number))
+                # every search passes the same first places
+                if len(self._ids) < _MOST_IDS:
+                    self._ids[number] = known
             if known < document_id:
                 low = middle + 1
             else:

@@ -169,7 +169,7 @@ class _Facts:
         end = segment.vocab_size
         types = {
             walks.TOKENS: ("tokens", token), walks.ORDER: ("order", np.uint32), walks.NEXT: ("next", token),
-            walks.FIRST: ("first", np.uint32), walks.NODE_LOW: ("node_low", np.uint32),
+            walks.NODE_LOW: ("node_low", np.uint32),
             walks.NODE_HIGH: ("node_high", np.uint32), walks.NODE_AT: ("node_at", np.uint32),
             walks.NODE_TOKEN: ("node_token", token), walks.NODE_COUNT: ("node_count", np.uint32),
             walks.NODE_DISTINCT: ("node_distinct", np.uint32), walks.DOCUMENT_AT: ("document_at", np.uint32),
@@ -177,10 +177,11 @@ class _Facts:
         self.arrays = {
             at: np.ascontiguousarray(segment.arrays[name], dtype) for at, (name, dtype) in types.items()
         }
+        self.arrays[walks.FIRST] = np.ascontiguousarray(segment.first, np.uint32)
         size = {name: len(self.arrays[at]) for at, (name, _) in types.items()}
-        if size["first"] != end + 1:
+        if len(segment.first) != end + 1:
             raise CheckpointError(
-                f"This segment is damaged: {size['first']:,} beginnings for {end:,} tokens."
+                f"This segment is damaged: {len(segment.first):,} beginnings for {end:,} tokens."
             )
         N = min(size["tokens"], size["order"], size["next"])
         n_documents = max(size["document_at"] - 1, 0)
