@@ -18,7 +18,7 @@ from engram_lm.eval.circumstances import circumstances
 from engram_lm.eval.measured import Measured, finished, save
 from engram_lm.eval.subject import Subject
 
-CANDIDATES, REFERENCES, ITEMS = 3, 127, 100
+FACTS, CANDIDATES, REFERENCES, ITEMS = 80, 3, 63, 60
 TASKS = ("lambada", "arc_easy", "piqa", "winogrande", "openbookqa")
 # the benchmarks last: they take longest
 MEASURES = ("facts", "canaries", "benchmarks")
@@ -34,7 +34,7 @@ def states_of(arm: str, measure: str) -> tuple[str, ...]:
 def measure(name: str, arm: str, subject: Subject, options: argparse.Namespace, out: Path) -> None:
     states, begun = states_of(arm, name), time.process_time()
     if name == "facts":
-        asked = facts.read_facts([options.text / "facts.jsonl"])
+        asked = facts.read_facts([options.text / "facts.jsonl"], most=FACTS)
         settings = facts.settings(asked, states=states, candidates=CANDIDATES, seed=0)
         if finished(name, settings, out):
             return
