@@ -37,7 +37,7 @@ FOUR, OVER, CAP, END = 22, 23, 24, 25
 # where sources reach over several segments: the address of each document's number among all of the snapshot's sources, how
 # many there are, and what tells this snapshot's way of counting from others
 SHARED, N_SOURCES, SERIAL = 26, 27, 28
-# of a small segment, worked out by a reader: the token two before each position, by rank; most of a walk then reads one array
+# of a small segment, worked out by a reader: the token two before each position, by rank, for `walk_two`
 BEFORE = 29
 ROW = 30
 NODE_RANKS = 4096
@@ -62,9 +62,6 @@ def token_at(table_SF, s, section, i):
 @njit(nogil=True, cache=True)
 def _back(table_SF, s, rank, depth, end):
     """The token `depth` + 1 before the position of a rank, -1 where its document has begun."""
-    if depth == 1 and table_SF[s, BEFORE] != 0:
-        token = token_at(table_SF, s, BEFORE, rank)
-        return np.int64(-1) if token >= end else token
     at = number_at(table_SF, s, ORDER, rank) - 1 - depth
     if at < 0 or at >= table_SF[s, N_TOKENS]:
         return np.int64(-1)
