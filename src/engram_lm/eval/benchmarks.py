@@ -69,7 +69,7 @@ def benchmarks(
         for metric in [m for m in ("acc", "acc_norm", "perplexity") if m in results[states[0]][name]]:
             for state in states:
                 value, ends = results[state][name][metric]
-                values.append(Value(metric, name, state, value, len(items), "items", ends and tuple(ends)))
+                values.append(Value(metric, name, state, value, len(items), "items", ends))
             if metric != "perplexity" and name != "lambada":
                 chance = float(np.mean([1 / len(item.pairs) for item in items]))
                 values.append(Value(metric, name, CHANCE, chance, len(items), "items"))
@@ -87,7 +87,7 @@ def plain_choices(subject: Subject, items: Sequence[Item]) -> np.ndarray:
         log_p = []
         for context, end in item.pairs:
             before, rest = subject.pair(context, end)
-            log_p.append(subject.continuations_plain(before, [rest])[0].log_p)
+            log_p.append(subject.continuations_plain(before, [rest.tolist()])[0].log_p)
         found.append(int(np.argmax(log_p)))
     return np.array(found)
 

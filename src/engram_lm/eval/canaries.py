@@ -205,9 +205,7 @@ def exposure(
             chosen = bits_N[[canary.repeats == repeats for canary in canaries]]
             mean, ends = mean_interval(chosen)
             of = "never trained" if repeats == 0 else f"{repeats} repeats" if repeats > 1 else "1 repeat"
-            values.append(
-                Value("exposure, bits", of, state, mean, len(chosen), "canaries", ends and tuple(ends))
-            )
+            values.append(Value("exposure, bits", of, state, mean, len(chosen), "canaries", ends))
     digits = {len(canary.secret) for canary in canaries}
     space = f"10^{digits.pop()}" if len(digits) == 1 else "10^digits"
     return Measured(

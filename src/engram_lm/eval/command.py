@@ -95,8 +95,8 @@ def eval_command(name: str, *, out: Path, options: EvalOptions, overwrite: bool,
                 progress = Progress(step.name)
                 measured = step.run(progress)
                 progress.end()
-                done[step.name] = _complete(measured, step.settings, subject)
-                save(done[step.name], out)
+                done[step.name] = measured = _complete(measured, step.settings, subject)
+                save(measured, out)
                 _write_report(out, subject)
             else:
                 print(f"{n + 1}/{len(steps)} {step.name}: finished before", file=sys.stderr, flush=True)
@@ -106,7 +106,7 @@ def eval_command(name: str, *, out: Path, options: EvalOptions, overwrite: bool,
             print(f"{', '.join(kept)} kept in {out}; the same command goes on.", file=sys.stderr)
         raise
     told = _write_report(out, subject)
-    results = [done[step.name] for step in steps]
+    results = [measured for measured in done.values() if measured is not None]
     print(json.dumps([one.to_json() for one in results], ensure_ascii=False) if as_json else told.rstrip())
 
 

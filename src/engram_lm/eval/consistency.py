@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from engram_lm.progress import Progress
 
 PATTERNS, OBJECTS = "graphs_json", "trex_lms_vocab"
+NAMES = ("same answer", "right", "right in all wordings")
 
 # [Y] at the end, behind it no letter
 _ENDS = re.compile(r"\[Y\][\s.,;:!?]*$")
@@ -113,7 +114,7 @@ def consistency(
     begun, values, by_relation = time.perf_counter(), [], {}
     total, done = sum(len(relation.pairs) for relation in relations) * len(states), 0
     for state in states:
-        rows: list[tuple[str, float, float, float]] = []
+        rows: list[tuple[str, dict[str, float]]] = []
         with subject.state(state):
             for relation in relations:
                 for about, answer in relation.pairs:
@@ -125,17 +126,16 @@ def consistency(
                     ]
                     same = [a == b for a, b in combinations(chosen, 2)]
                     right = [one == answer for one in chosen]
-                    rows.append(
-                        (relation.name, float(np.mean(same)), float(np.mean(right)), float(all(right)))
-                    )
+                    shares = (float(np.mean(same)), float(np.mean(right)), float(all(right)))
+                    rows.append((relation.name, dict(zip(NAMES, shares, strict=True))))
                     done += 1
                     if progress:
                         progress(done, total)
-        for i, name in enumerate(("same answer", "right", "right in all wordings"), start=1):
-            mean, ends = mean_interval([row[i] for row in rows])
-            values.append(Value(name, "", state, mean, len(rows), "facts", ends and tuple(ends)))
+        for name in NAMES:
+            mean, ends = mean_interval([numbers[name] for _, numbers in rows])
+            values.append(Value(name, "", state, mean, len(rows), "facts", ends))
             for relation in relations:
-                found = [row[i] for row in rows if row[0] == relation.name]
+                found = [numbers[name] for of, numbers in rows if of == relation.name]
                 by_relation.setdefault(relation.name, {}).setdefault(name, {})[state] = round(
                     float(np.mean(found)), 4
                 )
@@ -145,8 +145,8 @@ def consistency(
         for _, answer in relation.pairs
     ]
     mean, ends = mean_interval(constant)
-    for name in ("right", "right in all wordings"):
-        values.append(Value(name, "", CONSTANT, mean, len(constant), "facts", ends and tuple(ends)))
+    for name in NAMES[1:]:
+        values.append(Value(name, "", CONSTANT, mean, len(constant), "facts", ends))
     wordings = np.mean([len(relation.patterns) for relation in relations])
     return Measured(
         "consistency", tuple(values), settings(relations, states=states, candidates=candidates, seed=seed),
@@ -184,8 +184,9 @@ def _files(path: Path) -> dict[tuple[str, str], bytes]:
         with tarfile.open(path) as archive:
             for member in archive:
                 place = Path(member.name)
-                if member.isfile() and place.suffix == ".jsonl" and place.parent.name in (PATTERNS, OBJECTS):
-                    found[place.parent.name, place.stem] = archive.extractfile(member).read()
+                data = archive.extractfile(member)
+                if data is not None and place.suffix == ".jsonl" and place.parent.name in (PATTERNS, OBJECTS):
+                    found[place.parent.name, place.stem] = data.read()
     except (OSError, tarfile.TarError, EOFError) as error:
         raise DataError(f"{path} cannot be read as a folder or a tar archive: {error}.") from None
     return found

@@ -57,7 +57,7 @@ def read_facts(files: Sequence[str | Path], *, most: int | None = None, seed: in
     found = []
     for path in find_files(list(files)):
         for record, number in json_lines(read_lines(path), path, "prompt"):
-            texts = {name: record.get(name) for name in ("relation", "prompt", "answer")}
+            texts: dict[str, Any] = {name: record.get(name) for name in ("relation", "prompt", "answer")}
             for name, text in texts.items():
                 if not isinstance(text, str) or not text.strip():
                     raise DataError(
@@ -162,12 +162,12 @@ def facts_measured(
         for name in ("said in full", "first among answers", "reciprocal rank"):
             for state in states:
                 mean, ends = mean_interval([row.numbers[name] for row in asked[state][kind]])
-                values.append(Value(name, kind, state, mean, len(rows), "facts", ends and tuple(ends)))
+                values.append(Value(name, kind, state, mean, len(rows), "facts", ends))
             if name != "reciprocal rank":
                 mean, ends = mean_interval(
                     [float(row.fact.answer == common[row.fact.relation]) for row in rows]
                 )
-                values.append(Value(name, kind, CONSTANT, mean, len(rows), "facts", ends and tuple(ends)))
+                values.append(Value(name, kind, CONSTANT, mean, len(rows), "facts", ends))
     choices_N = np.array([1 + len(found) for found in others])
     return Measured(
         "facts", tuple(values), settings(facts, states=states, candidates=candidates, seed=seed, answers=answers),

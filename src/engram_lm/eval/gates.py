@@ -157,9 +157,7 @@ def _mean(name: str, of: str, layer: str, values_N: np.ndarray, text_N: np.ndarr
     units, inverse = np.unique(text_N, return_inverse=True)
     sums, counts = np.bincount(inverse, values_N), np.bincount(inverse).astype(float)
     ends = interval(ratio_draws(sums, counts), len(units))
-    return Value(
-        name, of, layer, float(values_N.mean()), len(values_N), "tokens", ends and (ends[0], ends[1])
-    )
+    return Value(name, of, layer, float(values_N.mean()), len(values_N), "tokens", ends)
 
 
 def _correlation(
@@ -172,7 +170,7 @@ def _correlation(
     whole = _pearson(sums_U6.sum(0)[None])[0]
     ends = interval(_pearson(sums_U6[drawn(len(units))].sum(1)), len(units))
     value = float(whole) if np.isfinite(whole) else None
-    return Value("correlation", of, layer, value, len(a), "tokens", ends and (ends[0], ends[1]))
+    return Value("correlation", of, layer, value, len(a), "tokens", ends)
 
 
 def _pearson(sums_D6: np.ndarray) -> np.ndarray:

@@ -131,14 +131,14 @@ def _values(
     count = int(count_U.sum())
     for s, state in enumerate(states):
         ends = interval(np.exp(draws_SD[s]), len(units))
-        yield Value("perplexity", of, state, float(np.exp(mean_S[s])), count, "tokens", ends and tuple(ends))
+        yield Value("perplexity", of, state, float(np.exp(mean_S[s])), count, "tokens", ends)
     if "off" in states:
         off = list(states).index("off")
         for s, state in enumerate(states):
             if s != off:
                 change = float(np.exp(mean_S[s] - mean_S[off]) - 1)
                 ends = interval(np.exp(draws_SD[s] - draws_SD[off]) - 1, len(units))
-                yield Value("change against off", of, state, change, count, "tokens", ends and tuple(ends))
+                yield Value("change against off", of, state, change, count, "tokens", ends)
 
 
 def _digest(texts: Sequence[Text], file: str) -> str:
