@@ -172,17 +172,11 @@ def surgery(told: dict[str, Told]) -> str:
                 rows.append(
                     _row(who, _zeroed(scope), found, found["own_bits_after"], found["own_still_full"])
                 )
-            found = one["sufficiency"]
-            rows.append(
-                _row(
-                    who,
-                    "new bits written into the name's rows",
-                    found,
-                    found["old_bits"],
-                    0,
-                    f"{found['new_bits']:.1f}; in full {found['new_said_in_full']} of {found['operations']}",
+            for scope, found in one["sufficiency"].items():
+                new = f"{found['new_bits']:.1f}; in full {found['new_said_in_full']} of {found['operations']}"
+                rows.append(
+                    _row(who, f"new bits written into rows at {scope}", found, found["old_bits"], 0, new)
                 )
-            )
             found = one["transplant"]
             if found["operations"]:
                 donor = f"the donor's {found['donor_bits']:.1f}; in full {found['donor_said_in_full']}"
@@ -216,7 +210,7 @@ def whole(told: dict[str, Told]) -> str:
     for arm in ARMS.values():
         for one in runs_of(told, f"surgery-{arm.name}"):
             states = [one["whole"][state] for state in ("on", "off", "other rows")]
-            apart = [*one["necessity"].values(), one["sufficiency"]]
+            apart = [*one["necessity"].values(), *one["sufficiency"].values()]
             equal = sum(found["apart_operations_bit_equal"] for found in apart)
             of = sum(found["apart_operations_compared"] for found in apart)
             rows.append(

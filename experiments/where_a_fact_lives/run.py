@@ -1,8 +1,8 @@
 """Where a fact lives: every arm trained on the same phone book, asked, and the one with memory operated on.
 
 $ make proof                                                                     # cpu: see README.md for how long
-$ python experiments/where_a_fact_lives/run.py --out runs/proof --quick          # tiny, under a minute, proves nothing
-$ python experiments/where_a_fact_lives/run.py --out runs/proof --tune           # the rates that were tried
+$ python experiments/where_a_fact_lives/run.py --out runs/proof --quick          # tiny, about a minute, proves nothing
+$ python experiments/where_a_fact_lives/run.py --out runs/proof --size small --tune    # the rates that were tried
 $ python experiments/where_a_fact_lives/run.py --out runs/proof --size full      # 100,000 entries: for a GPU
 $ python experiments/where_a_fact_lives/figures.py --from runs/proof/results     # tables, plots
 
@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--size", choices=[name for name in SIZES if name != "quick"], default="cpu")
     parser.add_argument("--quick", action="store_true", help="200 entries, 6 exposures: does it run at all")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default 0 and 1; 0 alone with --quick")
     parser.add_argument(
         "--tune", action="store_true", help="rates on a book of its own, half of the exposures"
     )
@@ -149,7 +149,7 @@ def main() -> None:
                 recipe = Recipe(rate=rate, decay=RECIPES[size].decay, batch=RECIPES[size].batch)
                 work.append((f"tuning-{size}-{arm}-{rate:g}", ("tune", arm, 100, recipe)))
     else:
-        for seed in options.seeds:
+        for seed in options.seeds or ([0] if options.quick else [0, 1]):
             work += [(f"{size}-{arm}-{seed}", ("arm", arm, seed, RECIPES[size])) for arm in options.arms]
             work += [
                 (f"{size}-surgery-{arm}-{seed}", ("surgery", arm, seed, None))
@@ -168,6 +168,7 @@ def main() -> None:
                 model_path(options.out, size, arm, seed),
                 seed=seed,
                 line=line,
+                entries=4 if options.quick else 16,
             )
             told |= {"size": size, "arm": arm, "seed": seed, "command": " ".join(["python", *sys.argv])}
             told["circumstances"] = circumstances("torch", "transformers")

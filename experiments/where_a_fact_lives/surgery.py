@@ -2,14 +2,15 @@
 
     whole          recall with the memory as it is, off, and with every n-gram reading another's rows
     necessity      one entry's rows become zero: is it lost, are the others not? As many random rows: is nothing lost?
-    sufficiency    new 50 bits are written by optimising one entry's rows alone: are they said, and who else is harmed?
+    sufficiency    new 50 bits are written by optimising rows alone: are they said, and who else is harmed?
     transplant     the rows of another entry in their places, without any optimising: whose bits are said?
     specificity    entries that read none of the changed rows: logits bit for bit as before
     undo           sha256 of the table, and logits, before the first operation and after the last
     disk           the same directory with its rows left in the file: logits bit for bit
 
 Three scopes: the rows at the name's last part, at all its parts, and at all its parts and answer tokens. (The rows at
-<entry>, which every entry reads, are in none.) In a model without memory there is nothing to operate on: no parameter of
+<entry>, which every entry reads, are in none.) What is written goes into the rows at the name alone, or at the name and the
+new answer: all that the new text reads. In a model without memory there is nothing to operate on: no parameter of
 an expert belongs to an entry, and which ones to change would itself have to be found by optimising.
 """
 
@@ -29,8 +30,9 @@ from engram_lm import from_pretrained, memories, memory_off
 from engram_lm.attachment import OtherRows, reading
 
 SCOPES = ("last part", "name", "name and answer")
+WRITTEN = ("name", "name and answer")
 CPU = torch.device("cpu")
-WRITE_STEPS, WRITE_RATE, ENOUGH = 200, 0.01, 0.02  # at most; times 5 for rows; nats a token
+WRITE_STEPS, WRITE_RATE, ENOUGH = 150, 0.03, 0.02  # at most; times 5 for rows; nats a token
 TRANSPLANTS = 100
 WATCHED = 1_000  # entries, at most, that are asked again after every operation
 
@@ -40,14 +42,14 @@ class Patient:
 
     def __init__(self, model: nn.Module, book: Book, watched: np.ndarray | None = None) -> None:
         self.model, self.book, self.watched = model, book, watched
-        self.slot = next(iter(memories(model).values())).slots[0]
+        self.memory = next(iter(memories(model).values()))
+        self.slot = self.memory.slots[0]
         self.rows_NW = self.slot.table.rows_view()
         self.kept_NW = self.rows_NW.clone()
-        memory = next(iter(memories(model).values()))
         self.address: dict[int, np.ndarray] = {}
         self.text: dict[int, np.ndarray] = {}
         for which, ids_BT in questions(book, np.arange(len(book)), form=PLAIN):
-            canonical_BT = memory.canonical(torch.from_numpy(ids_BT[:, :-1]))
+            canonical_BT = self.memory.canonical(torch.from_numpy(ids_BT[:, :-1]))
             for entry, text, address_TC in zip(
                 which, ids_BT, self.slot.scheme.addresses(canonical_BT), strict=True
             ):
@@ -75,6 +77,11 @@ class Patient:
     def rows_of(self, entry: int, scope: str) -> np.ndarray:
         return np.unique(self.address[entry][self.places(entry, scope)])
 
+    def rows_read_for(self, entry: int, value_A: np.ndarray, scope: str) -> np.ndarray:
+        """As `rows_of`, with another answer: its n-grams read other rows."""
+        canonical_1T = self.memory.canonical(torch.from_numpy(self.with_value(entry, value_A))[None, :-1])
+        return np.unique(self.slot.scheme.addresses(canonical_1T)[0][self.places(entry, scope)])
+
     def undo(self) -> None:
         self.rows_NW.copy_(self.kept_NW)
 
@@ -101,7 +108,7 @@ class Patient:
         return np.concatenate([self.text[entry][:-ANSWER], self.book.first_value + value_A])
 
 
-def operate(book: Book, directory: Path, *, seed: int, line: Any, entries: int = 24) -> dict[str, Any]:
+def operate(book: Book, directory: Path, *, seed: int, line: Any, entries: int = 16) -> dict[str, Any]:
     """Everything above, on the saved model in `directory`. `entries`: how many are operated on."""
     model = from_pretrained(directory)
     draw = np.random.default_rng([seed, 4])
@@ -122,7 +129,7 @@ def operate(book: Book, directory: Path, *, seed: int, line: Any, entries: int =
         "rows": {"n": len(patient.rows_NW), "width": patient.rows_NW.shape[1], "columns": len(patient.slot.scheme.moduli)},
         "whole": _whole(model, book, bits_N, full_N, draw),
     }  # fmt: skip
-    steps = len(chosen) * (len(SCOPES) + 2)
+    steps = len(chosen) * (len(SCOPES) + 1 + len(WRITTEN))
     done = 0
 
     def tick() -> None:
@@ -134,7 +141,9 @@ def operate(book: Book, directory: Path, *, seed: int, line: Any, entries: int =
         scope: _necessity(patient, chosen, scope, bits_N, full_N, draw, tick)
         for scope in (*SCOPES, "random rows")
     }
-    told["sufficiency"] = _sufficiency(patient, chosen, bits_N, full_N, draw, tick)
+    told["sufficiency"] = {
+        scope: _sufficiency(patient, chosen, scope, bits_N, full_N, draw, tick) for scope in WRITTEN
+    }
     told["transplant"] = _transplant(patient, np.flatnonzero(full_N) if said else known, draw)
     line.end()
     after = patient.logits(watched)
@@ -258,13 +267,19 @@ def _mean(found: list[dict[str, Any]], key: str) -> float:
 
 
 def _sufficiency(
-    patient: Patient, chosen: np.ndarray, bits_N: np.ndarray, full_N: np.ndarray, draw: Any, tick: Any
+    patient: Patient,
+    chosen: np.ndarray,
+    scope: str,
+    bits_N: np.ndarray,
+    full_N: np.ndarray,
+    draw: Any,
+    tick: Any,
 ) -> dict[str, Any]:
-    """Write 50 new random bits into the rows at each chosen name, by the library's row rule on these rows alone."""
+    """Write 50 new random bits into the rows of a scope, by the library's row rule on these rows alone."""
     found, written, old, steps = [], [], [], []
     for entry in chosen:
         value_A = draw.integers(VALUES, size=ANSWER)
-        rows = patient.rows_of(entry, "name")
+        rows = patient.rows_read_for(int(entry), value_A, scope)
         steps.append(_write(patient, int(entry), value_A, rows))
         written.append(patient.bits_as(entry, value_A))
         old.append(patient.bits_as(entry, patient.book.value_NA[entry])[0])
