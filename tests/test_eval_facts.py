@@ -80,6 +80,14 @@ def test_numbers_follow_the_answers():
     assert "chance 25.0 %" in measured.notes[0]
 
 
+def test_the_most_common_answer_is_that_of_the_whole_file():
+    pool = {"capital": [*CAPITALS.values(), "Luanda", "Luanda", "Kyoto"]}
+    measured = facts_measured(Answering(lambda *_: "Lima"), facts(), states=("on",), answers=pool)
+    assert measured.value("said in full", of="verbatim", memory=CONSTANT).value == 0.2
+    assert "5.0 answers on average" in measured.notes[0]
+    assert measured.settings != facts_measured(Answering(lambda *_: "Lima"), facts(), states=("on",)).settings
+
+
 def test_facts_without_other_words_are_asked_verbatim_alone():
     measured = facts_measured(Answering(lambda *_: "Lima"), facts(paraphrases=0), states=("on",))
     assert {value.of for value in measured.values} == {"verbatim"}

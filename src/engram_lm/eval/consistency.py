@@ -49,12 +49,14 @@ _ENDS = re.compile(r"\[Y\][\s.,;:!?]*$")
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation's wordings that end with the object, its chosen (subject, object) pairs, and all of its objects."""
+    """A relation's wordings that end with the object, its chosen (subject, object) pairs, all of its objects, and the one
+    that most of its subjects have."""
 
     name: str
     patterns: tuple[str, ...]
     pairs: tuple[tuple[str, str], ...]
     objects: tuple[str, ...]
+    common: str
 
 
 def read_pararel(path: str | Path, *, facts: int = 5, patterns: int = 4, seed: int = 0) -> list[Relation]:
@@ -77,7 +79,8 @@ def read_pararel(path: str | Path, *, facts: int = 5, patterns: int = 4, seed: i
         kept = sorted(random.permutation(len(usable))[:patterns])
         wordings = tuple(usable[i][0] for i in kept)
         asked = tuple((pairs[i][0], pairs[i][1]) for i in chosen)
-        found.append(Relation(name, wordings, asked, tuple(sorted({pair[1] for pair in pairs}))))
+        counts = Counter(pair[1] for pair in pairs)
+        found.append(Relation(name, wordings, asked, tuple(sorted(counts)), counts.most_common(1)[0][0]))
     if not found:
         raise DataError(
             f"{path} holds no relation with two patterns that end with [Y]. Wanted {PATTERNS}/P19.jsonl and "
@@ -139,11 +142,7 @@ def consistency(
                 by_relation.setdefault(relation.name, {}).setdefault(name, {})[state] = round(
                     float(np.mean(found)), 4
                 )
-    constant = [
-        float(answer == Counter(pair[1] for pair in relation.pairs).most_common(1)[0][0])
-        for relation in relations
-        for _, answer in relation.pairs
-    ]
+    constant = [float(answer == relation.common) for relation in relations for _, answer in relation.pairs]
     mean, ends = mean_interval(constant)
     for name in NAMES[1:]:
         values.append(Value(name, "", CONSTANT, mean, len(constant), "facts", ends))

@@ -12,7 +12,7 @@ trained on; no paraphrases are allowed.
     first among answers     the answer is more probable than each of up to `candidates` other answers of its relation,
                             by log P of the whole answer, not divided by its length; a tie counts as lost
     reciprocal rank         mean of 1 / its rank among them
-    most common answer      share right when every question of a relation gets the answer most common among those asked
+    most common answer      share right when every question of a relation gets the relation's most common answer in the file
 """
 
 from __future__ import annotations
@@ -135,13 +135,13 @@ def facts_measured(
     subject: Subject, facts: Sequence[Fact], *, states: Sequence[str], candidates: int = CANDIDATES, seed: int = 0,
     answers: Mapping[str, Sequence[str]] | None = None, progress: Progress | None = None,
 ) -> Measured:  # fmt: skip
-    """All facts in every state. answers: of each relation, to draw candidates from; default those of the facts asked."""
+    """All facts in every state. answers: of each relation, for candidates and the most common one; default those asked."""
     subject.require_states(states)
     if candidates < 1:
         raise ConfigError(f"candidates is 1 or more other answers; got {candidates}.")
     begun = time.perf_counter()
-    common = {relation: Counter(found).most_common(1)[0][0] for relation, found in answers_of(facts).items()}
     pool = answers or answers_of(facts)
+    common = {relation: Counter(found).most_common(1)[0][0] for relation, found in pool.items()}
     others = [others_of(pool[f.relation], f.answer, most=candidates, key=[seed, f.relation]) for f in facts]
     asked: dict[str, dict[str, list[_Asked]]] = {}
     for s, state in enumerate(states):
