@@ -242,6 +242,7 @@ def draw(told: dict[str, Told], path: Path) -> None:
     figure = Figure(figsize=(10.0, 4.0), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
+    other_arms = False
     there = [arm for arm in ARMS.values() if runs_of(told, arm.name)]
     for place, arm in enumerate(there):
         colour = COLOURS.get(arm.name, "#a0a0a0")
@@ -260,10 +261,14 @@ def draw(told: dict[str, Told], path: Path) -> None:
             for parts in zip(*runs, strict=True)
         ]
         style = "-" if arm.name in COLOURS else ":"
-        right.plot(x, [max(one, 0) for one in y], style, color=colour, linewidth=1.6, label=arm.title)
+        grey = arm.name not in COLOURS
+        label = ("the other arms" if not other_arms else None) if grey else arm.title
+        other_arms |= grey
+        right.plot(x, [max(one, 0) for one in y], style, color=colour, linewidth=1.6, label=label)
     left.set_yticks([-place for place in range(len(there))], [arm.title for arm in there])
     left.set_xlabel("bits recalled a parameter, asked right after the name (one point a seed)")
     left.set_xlim(left=0)
+    left.set_ylim(0.5 - len(there), 0.5)
     right.set_xlabel("exposures of an entry")
     right.set_ylabel(f"bits an entry, of {BITS}, while reading")
     right.set_ylim(0, BITS)

@@ -137,7 +137,8 @@ def build(book: Book, shape: Shape, arm: Arm, *, seed: int) -> tuple[nn.Module, 
     experts = shape.idle + TOP - moved(shape, arm)
     expert = shape.expert
     if arm.wider:
-        expert = round(shape.expert * (shape.idle + TOP) / experts)
+        # grouped products want rows of a multiple of 16 bytes
+        expert = 4 * round(shape.expert * (shape.idle + TOP) / experts / 4)
     dense = shape.dense
     if arm.memory is None:
         # a memory's projection reads orders x heads x row numbers and gives a key and a value
