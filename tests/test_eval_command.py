@@ -113,6 +113,13 @@ def test_finished_measures_are_left_alone(base, files, capsys, monkeypatch):
     assert load(files / "report/perplexity.json").settings["stride"] == 16
 
 
+def test_a_directory_holds_one_model(base, with_memory, files, capsys):
+    assert run(base[0], "--out", "report", "--text", "held.txt", "--window", "64", capsys=capsys)[0] == 0
+    code, _, err = run(with_memory, "--out", "report", "--facts", "facts.jsonl", capsys=capsys)
+    assert code == 2
+    assert "report/perplexity.json is of another model" in err
+
+
 def test_an_interruption_keeps_what_is_done(base, files, capsys, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engram_lm.errors import ConfigError, DataError, MissingExtraError
 from engram_lm.eval.measured import Measured, finished, load, plain, save
+from engram_lm.eval.report import TITLES, report
 from engram_lm.progress import Progress
 from engram_lm.whole import write_whole
 
@@ -88,6 +89,7 @@ def eval_command(name: str, *, out: Path, options: EvalOptions, overwrite: bool,
     subject = Subject.load(name, device=options.device, seed=options.seed)
     steps = _plan(subject, options, inputs)
     done = {step.name: None if overwrite else finished(step.name, step.settings, out) for step in steps}
+    _require_one_model(out, steps)
     try:
         for n, step in enumerate(steps):
             if done[step.name] is None:
@@ -259,6 +261,18 @@ def _plan(subject: Subject, options: EvalOptions, inputs: _Inputs) -> list[_Step
     return steps
 
 
+def _require_one_model(out: Path, steps: Sequence[_Step]) -> None:
+    """ConfigError where `out` holds other measures of another model: one report would tell both as one."""
+    planned, wanted = {step.name for step in steps}, steps[0].settings
+    for path in sorted(out.glob("*.json")):
+        if path.stem in TITLES and path.stem not in planned:
+            found = load(path)
+            if any(found.settings.get(name) != wanted[name] for name in ("base_sha256", "memory_sha256")):
+                raise ConfigError(
+                    f"{path} is of another model ({found.facts.get('model')}); give another --out, or remove it."
+                )
+
+
 def _stride(options: EvalOptions) -> int:
     return max(1, options.window // 2) if options.stride is None else options.stride
 
@@ -296,8 +310,6 @@ def _command_line() -> str:
 
 
 def _write_report(out: Path, subject: Subject) -> str:
-    from engram_lm.eval.report import TITLES, report
-
     results = [load(out / f"{name}.json") for name in TITLES if (out / f"{name}.json").exists()]
     told = report(results, model=subject.name, about=_about(results))
     write_whole(out / "report.md", told)
