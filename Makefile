@@ -56,7 +56,7 @@ bench-tables: setup ## time tables in host memory, on disk and in training; need
 bench-index: setup ## the index on real text beside infini-gram; ENGRAM_INDEX_TEXT names the text; the last line is JSON
 	$(BIN)/python benchmarks/index.py
 
-proof: setup ## does a fact live in memory? ten arms, two seeds, about an hour of one core; goes on where it was stopped
+proof: setup ## does a fact live in memory? eleven arms, two seeds, about an hour of one core; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/where_a_fact_lives/run.py --out runs/proof
 	$(BIN)/python experiments/where_a_fact_lives/figures.py --from runs/proof/results
 

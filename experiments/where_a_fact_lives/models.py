@@ -10,6 +10,7 @@
     wide           wider experts
     embedding-5x   experts, and the token embedding trains as rows do: 5 times the rate, no decay
     experts-5x     experts, and they train as rows do
+    memory-1x      as memory, but rows train at the rate of everything else
     mostly-memory  21 % experts and 79 % memory: the same exchanged
 
 Total parameters are equal to within 1 %, and so are the parameters active for a token (FLOPs): what a memory's projection
@@ -19,7 +20,7 @@ rows, and of the experts that a token does not visit.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class Arm:
     share: str = "none"
     wider: bool = False
     fast: str | None = None
+    row_rate: float = RATE
 
 
 def _with_memory(name: str, title: str) -> Arm:
@@ -91,6 +93,7 @@ ARMS = {
         Arm(name="wide", title="wider FFN, no memory", wider=True),
         Arm(name="embedding-5x", title="no memory, embedding at 5× rate, no decay", fast="embed_tokens"),
         Arm(name="experts-5x", title="no memory, experts at 5× rate, no decay", fast="mlp.experts"),
+        replace(_with_memory("memory", "79/21 memory, rows at 1× rate"), name="memory-1x", row_rate=1.0),
         Arm(name="mostly-memory", title="21/79 mostly memory", memory="memory", share="kept"),
     )
 }
@@ -120,6 +123,7 @@ def memory_config(shape: Shape, arm: Arm) -> MemoryConfig:
         head_width=shape.row,
         # head sizes are the next primes: a little fewer to begin with
         rows_per_head=int(numbers / shape.row / columns * 0.99),
+        rule={"name": "row-adam", "rate": arm.row_rate},
     )
     return control(whole, arm.memory)
 
@@ -183,7 +187,7 @@ def build(book: Book, shape: Shape, arm: Arm, *, seed: int) -> tuple[nn.Module, 
 def groups(model: nn.Module, arm: Arm, *, rate: float, decay: float) -> list[dict[str, Any]]:
     """Optimizer groups: matrices decay, vectors do not; what `arm.fast` names trains at RATE times the rate, undecayed.
 
-    A table's handle is a vector here: its rule has the factor 5 of its own and knows no decay.
+    A table's handle is a vector here: its rule has the factor of its own (`Arm.row_rate`) and knows no decay.
     """
     matrices, vectors, fast = [], [], []
     for name, parameter in model.named_parameters():
