@@ -9,7 +9,8 @@
     NoiseRows    a Gaussian row as long as the true one
 
 Addresses are exchanged before rows are fetched, so that gradients go to the rows that were read. Nothing in the tables or
-the layers changes; a memory that is off reads nothing.
+the layers changes; a memory that is off reads nothing. OtherRows and NoiseRows draw numbers: for eager models, not for
+torch.compile.
 """
 
 import contextlib
