@@ -30,7 +30,8 @@ def take(source: Path) -> None:
     RESULTS.mkdir(exist_ok=True)
     for path in sorted((source / "arms" / "results").glob("*.json")):
         data = json.loads(path.read_text(encoding="utf8"))
-        data["config"]["data"] = [Path(name).name for name in data["config"]["data"]]
+        if "config" in data:
+            data["config"]["data"] = [Path(name).name for name in data["config"]["data"]]
         data["command"] = data["command"].replace(f"{source}/", "OUT/")
         write_whole(RESULTS / path.name, json.dumps(data, indent=None) + "\n")
     for path in sorted((source / "eval").glob("*/*.json")):

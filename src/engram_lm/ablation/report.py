@@ -132,6 +132,7 @@ def draw_picture(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A panel a text: each arm's perplexity with its interval, memory in red with a line through it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     texts = list(next(iter(arms.values()))[0]["losses"])
     figure = Figure(figsize=(3.2 + 2.6 * len(texts), 0.9 + 0.32 * len(arms)), dpi=110, layout="constrained")
@@ -148,9 +149,9 @@ def draw_picture(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.plot([value], [place], marker="o", markersize=5, color=color)
         if max(v for v, _ in values.values()) > 3 * min(v for v, _ in values.values()):
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("{x:g}")
-            axes.tick_params(axis="x", which="minor", labelsize=7)
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(text, fontsize=9.5, color=INK, loc="left")
         axes.set_xlabel("perplexity, 95 %", fontsize=8.5, color=INK)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
