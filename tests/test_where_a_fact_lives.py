@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 HERE = Path(__file__).resolve().parent.parent / "experiments" / "where_a_fact_lives"
-NAMES = ("book", "models", "learn", "asked", "surgery", "figures")
+NAMES = ("book", "models", "learn", "asked", "surgery", "tables", "figures")
 
 
 @pytest.fixture(scope="module")

@@ -52,11 +52,12 @@ class Line:
         self.live = sys.stderr.isatty()
         self.parts = 0
 
-    def __call__(self, step: int, of: int, loss: float) -> None:
+    def __call__(self, step: int, of: int, loss: float | None) -> None:
         spent = time.monotonic() - self.begun
         left = spent / step * (of - step)
-        text = f"{self.what}: step {step:,} of {of:,}, loss {loss:.3f}, {left:.0f} s left"
-        if self.after:
+        of_loss = "" if loss is None else f", loss {loss:.3f}"
+        text = f"{self.what}: step {step:,} of {of:,}{of_loss}, {left:.0f} s left"
+        if self.after and loss is not None:
             text += f", then {self.after} runs of about {spent / step * of:.0f} s"
         if self.live:
             sys.stderr.write(f"\r\x1b[K{text}")

@@ -135,7 +135,7 @@ def operate(book: Book, directory: Path, *, seed: int, line: Any, entries: int =
     def tick() -> None:
         nonlocal done
         done += 1
-        line(done, steps, float("nan"))
+        line(done, steps, None)
 
     told["necessity"] = {
         scope: _necessity(patient, chosen, scope, bits_N, full_N, draw, tick)
