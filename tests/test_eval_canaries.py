@@ -122,21 +122,21 @@ def test_references_are_the_same_for_every_model_and_never_the_secret():
 def test_a_model_that_learned_canaries_exposes_them_and_its_controls_not():
     model = models.build("llama")
     subject = Subject(model, models.tokenizer(), name="doll")
-    found = make(each=2, repeats=(1, 60), controls=2, digits=3, seed=0)
+    found = make(each=2, repeats=(1, 30), controls=2, digits=3, seed=0)
     ids = [torch.from_numpy(subject.encode(text))[None] for text in documents(found, seed=0)]
     torch.manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
     model.train()
     for text in ids:
         optimizer.zero_grad()
         model(text, labels=text).loss.backward()
         optimizer.step()
-    measured = exposure(subject, found, states=("none",), references=127)
+    measured = exposure(subject, found, states=("none",), references=63)
     often, never = (
-        measured.value("exposure, bits", of=of, memory="none") for of in ("60 repeats", "never trained")
+        measured.value("exposure, bits", of=of, memory="none") for of in ("30 repeats", "never trained")
     )
-    assert often.value == pytest.approx(7.0)  # the cap
+    assert often.value == pytest.approx(6.0)  # the cap
     assert often.value > never.value + 1
     assert (often.count, never.count) == (2, 2)
-    assert "cannot exceed 7.0 bits" in measured.notes[0]
+    assert "cannot exceed 6.0 bits" in measured.notes[0]
     assert json.loads(json.dumps(measured.to_json()))["settings"]["canaries"] == 6

@@ -258,8 +258,8 @@ def test_what_is_no_pararel_is_refused(tmp_path, pararel):
 
 
 def test_a_model_is_asked_in_every_state(loud, pararel):
-    found = facts_measured(loud, facts(), states=("on", "off", "noise", "shuffled"))
-    assert {value.memory for value in found.values} == {"on", "off", "noise", "shuffled", CONSTANT}
-    again = facts_measured(loud, facts(), states=("on", "off", "noise", "shuffled"))
-    assert found.values == again.values
-    assert consistency(loud, read_pararel(pararel), states=("on",)).value("right").count == 3
+    states = ("on", "off", "noise", "shuffled")
+    found = facts_measured(loud, facts()[:2], states=states)
+    assert {value.memory for value in found.values} == {*states, CONSTANT}
+    assert found.values == facts_measured(loud, facts()[:2], states=states).values
+    assert consistency(loud, read_pararel(pararel, facts=1), states=("on",)).value("right").count == 1
