@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
     && { echo $$python; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types bench-core bench-tables bench-index proof demo demo-terminal
+.PHONY: help setup test test-all lint types bench-core bench-tables bench-index proof figures demo demo-terminal
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench-index: setup ## the index on real text beside infini-gram; ENGRAM_INDEX_TE
 proof: setup ## does a fact live in memory? eleven arms, two seeds, about an hour of one core; goes on where it was stopped
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/where_a_fact_lives/run.py --out runs/proof
 	$(BIN)/python experiments/where_a_fact_lives/figures.py --from runs/proof/results
+
+figures: setup ## tables and plots of the experiments, and README's section on what memory does, from result files
+	$(BIN)/python experiments/figures.py
 
 demo: $(PREPARED) ## a page: see what memory does, and change it; Ctrl-C stops it
 	$(BIN)/engram-lm serve

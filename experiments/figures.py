@@ -1,0 +1,214 @@
+"""`make figures`: tables and plots of the experiments, and README's section on what memory does, from result files alone.
+
+    python experiments/figures.py            # redraw everything
+    python experiments/figures.py --check    # say whether README's section is what the files say; exit 1 where it is not
+
+No number of that section is typed: each stands in a file that names machine, commit, data, seeds and command, and is put
+into the sentences of what_memory_does.md. A sentence that a new run turns round has to be written anew: `require` says so.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from engram_lm.errors import DataError
+from engram_lm.eval.measured import load
+from engram_lm.whole import write_whole
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+BEGIN, END = "<!-- what memory does -->\n", "<!-- end of what memory does -->\n"
+DRAWN_BY = (
+    "experiments/where_a_fact_lives/figures.py",
+    "experiments/retrofit/tables.py",
+    "experiments/cache_simulation/draw.py",
+    "benchmarks/draw_tables.py",
+)
+
+
+def read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); run the experiment that writes it.") from None
+
+
+def require(true: bool, sentence: str) -> None:
+    if not true:
+        raise DataError(f"The results no longer say that {sentence}; write that sentence of README anew.")
+
+
+# ---- where a fact lives ----------------------------------------------------------------------------------------------
+
+PROOF_ARMS = (
+    "none", "memory", "mostly-memory", "one-row", "shuffled", "frozen-random", "unigram", "wide", "embedding-5x",
+    "experts-5x",
+)  # fmt: skip
+
+
+def proof_facts() -> dict[str, Any]:
+    results = HERE / "where_a_fact_lives" / "results"
+    runs = {
+        arm: [one for seed in range(9) for one in _there(results / f"cpu-{arm}-{seed}.json")]
+        for arm in PROOF_ARMS
+    }
+    bits = {arm: mean(_asked(one, "plain") for one in found) for arm, found in runs.items() if found}
+    rows = []
+    for found in runs.values():
+        if not found:
+            continue
+        plain = " / ".join(f"{_asked(one, 'plain'):.1f}" for one in found)
+        per = " / ".join(f"{one['bits_per_parameter']:.2f}" for one in found)
+        forms = [mean(_asked(one, form) for one in found) for form in ("filler", "reworded")]
+        rows.append(f"| {found[0]['arm']['title']} | {plain} | {per} | {forms[0]:.1f} | {forms[1]:.1f} |")
+    memory = runs["memory"]
+    controls = [bits[arm] for arm in PROOF_ARMS[3:] if arm in bits]
+    surgery = [one for seed in range(9) for one in _there(results / f"cpu-surgery-memory-{seed}.json")]
+    zeroed = [one["necessity"]["name and answer"] for one in surgery]
+    chance = [one["necessity"]["random rows"] for one in surgery]
+    written = [one["sufficiency"] for one in surgery]
+    never = {
+        (arm, form): mean(one["asked"][form]["never read so"]["bits"] for one in runs[arm])
+        for arm in ("memory", "none")
+        for form in ("filler", "reworded")
+    }
+    require(bits["memory"] > 1.2 * bits["none"], "memory holds more than experts")
+    require(max(controls) < bits["memory"], "no control holds as much as memory")
+    require(
+        all(one["undo"]["table_equal"] and one["undo"]["logits_equal"] for one in surgery), "undo is exact"
+    )
+    require(all(one["disk"]["logits_equal"] for one in surgery), "logits from disk are the same")
+    operated = [
+        part for one in surgery for kind in ("necessity", "sufficiency") for part in one[kind].values()
+    ]
+    require(
+        all(one["apart_operations_bit_equal"] == one["apart_operations_compared"] for one in operated),
+        "entries without a changed row keep every bit",
+    )
+    shape = memory[0]["parameters"]
+    return {
+        "exposures": memory[0]["size"]["exposures"], "parameters": shape["total"] / 1e6,
+        "seeds": _seeds([len(found) for found in runs.values() if found]), "arms": "\n".join(rows),
+        "moved": 100 * shape["rows"] / shape["sparse"], "gain": bits["memory"] / bits["none"],
+        "gain_most": bits["mostly-memory"] / bits["none"], "best_control": max(controls),
+        "own_before": mean(one["own_bits_before"] for one in zeroed),
+        "own_after": mean(max(one["own_bits_after"], 0.0) for one in zeroed),
+        "own_name": mean(one["necessity"]["name"]["own_bits_after"] for one in surgery),
+        "random_lost": mean(one["own_bits_before"] - one["own_bits_after"] for one in chance),
+        "written": sum(one["name and answer"]["new_said_in_full"] for one in written),
+        "written_name": sum(one["name"]["new_said_in_full"] for one in written),
+        "operations": sum(one["name"]["operations"] for one in written),
+        "shared_lost": mean(one["sharing_bits_lost"] for one in zeroed),
+        "filler": never["memory", "filler"], "filler_none": never["none", "filler"],
+        "reworded": never["memory", "reworded"], "reworded_none": never["none", "reworded"],
+    }  # fmt: skip
+
+
+def _there(path: Path) -> Iterator[Any]:
+    if path.exists():
+        yield read(path)
+
+
+def _asked(run: dict[str, Any], form: str) -> float:
+    return run["asked"][form]["all"]["bits"]
+
+
+def _seeds(counts: list[int]) -> str:
+    if len(set(counts)) == 1:
+        return "one seed" if counts[0] == 1 else f"{counts[0]} seeds in paired order"
+    return f"{max(counts)} seeds in paired order, {counts.count(min(counts))} arms with {min(counts)}"
+
+
+# ---- retrofit and index ----------------------------------------------------------------------------------------------
+
+
+def retrofit_facts() -> dict[str, Any]:
+    from engram_lm.ablation.report import NAMES, by_arm, perplexity
+
+    results = HERE / "retrofit" / "results"
+    arms = by_arm([read(path) for path in sorted(results.glob("*.json"))])
+    rows = []
+    for arm, found in arms.items():
+        cells = [f"{perplexity(found, text)[0]:.1f}" for text in ("read", "unseen", "wikitext-2", "handbook")]
+        facts = results / f"{arm}-0" / "facts.json"
+        if facts.exists():
+            measured = load(facts)
+            state = "none" if any(value.memory == "none" for value in measured.values) else "on"
+            cells += [
+                f"{100 * measured.value('said in full', of=of, memory=state).value:.0f} %"
+                for of in ("verbatim", "paraphrased")
+            ]
+        else:
+            cells += ["not asked", "not asked"]
+        rows.append(f"| {NAMES[arm]} | {' | '.join(cells)} |")
+    tokens = max(one.get("tokens", 0) for found in arms.values() for one in found)
+    return {"retrofit": "\n".join(rows), "retrofit_tokens": tokens}
+
+
+def index_facts() -> dict[str, Any]:
+    told = read(HERE / "instant_adaptation" / "results.json")
+    facts = {
+        (one["wording"], one["arm"]): 100 * one["share"]
+        for one in told["facts"]["groups"]
+        if (one["source"], one["state"], one["said"]) == ("all", "true", "true")
+    }
+    asked = {one["arm"]: 100 * one["share"] for one in told["questions"]["groups"] if one["source"] == "all"}
+    require(
+        facts["verbatim", "memory"] > facts["verbatim", "alone"] + 20, "the index knows facts in their words"
+    )
+    require(facts["paraphrased", "memory"] <= facts["paraphrased", "alone"] + 5, "other words gain nothing")
+    return {
+        "index_before": facts["verbatim", "alone"], "index_verbatim": facts["verbatim", "memory"],
+        "index_words_before": facts["paraphrased", "alone"], "index_words": facts["paraphrased", "memory"],
+        "chat_before": asked["alone"], "chat": asked["memory"],
+    }  # fmt: skip
+
+
+# ---- drawing ---------------------------------------------------------------------------------------------------------
+
+
+def section() -> str:
+    template = (HERE / "what_memory_does.md").read_text(encoding="utf8")
+    return template.format(**proof_facts(), **retrofit_facts(), **index_facts())
+
+
+def redrawn(readme: str) -> str:
+    """README with its section as the files say."""
+    before, found, rest = readme.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    if not found or not ended:
+        raise DataError(f"README.md has no section between {BEGIN.strip()} and {END.strip()}.")
+    return f"{before}{BEGIN}{section()}{END}{after}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; exit 1 where README says otherwise"
+    )
+    options = parser.parse_args()
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf8")
+    if options.check:
+        same = redrawn(text) == text
+        print(
+            "README.md says what the files say"
+            if same
+            else "README.md does not say what the files say: make figures"
+        )
+        return 0 if same else 1
+    for script in DRAWN_BY:
+        print(f"python {script}", flush=True)
+        subprocess.run([sys.executable, script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    write_whole(readme, redrawn(text))
+    print("README.md: What memory does and does not do")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
