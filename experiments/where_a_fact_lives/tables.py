@@ -16,12 +16,18 @@ Told = dict[str, Any]
 
 
 def read(directory: Path, size: str) -> dict[str, Told]:
-    """Result files of one size by what comes after the size in their names, and the tuning runs."""
-    return {
+    """Result files of one size by what comes after the size in their names, the tuning runs, and the pilots."""
+    told = {
         path.stem.removeprefix(f"{size}-"): json.loads(path.read_text(encoding="utf8"))
         for pattern in (f"{size}-*.json", "tuning-*.json")
         for path in sorted(directory.glob(pattern))
     }
+    pilots = directory / "pilots.jsonl"
+    if pilots.exists():
+        told["pilots"] = {
+            "runs": [json.loads(line) for line in pilots.read_text(encoding="utf8").splitlines()]
+        }
+    return told
 
 
 def runs_of(told: dict[str, Told], arm: str) -> list[Told]:
@@ -217,6 +223,26 @@ def rates(told: dict[str, Told]) -> str:
     return table(["bits an entry at a rate of", *(f"{rate:g}" for rate in tried)], rows)
 
 
+def pilots(told: dict[str, Told]) -> str:
+    """The two runs of 100 readings that came before the rest."""
+    rows = []
+    for one in told.get("pilots", {"runs": []})["runs"]:
+        size, arm, rate, _, _, exposures = one["args"]
+        cells = [f"{one['plain']:.1f}", f"{100 * one['full']:.1f} %"]
+        cells += [f"{bits:.1f}" for bits in (*one["filler"], *one["reworded"])]
+        rows.append([f"{ARMS[arm].title} ({size}, {exposures} readings, rate {float(rate):g})", *cells])
+    head = [
+        "arm",
+        "after the name",
+        "in full",
+        "text between: read so",
+        "never read so",
+        "reworded: read so",
+        "never read so",
+    ]
+    return table(head, rows)
+
+
 # ---- surgery ---------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +321,7 @@ TABLES = {
     "forms": forms,
     "accounting": accounting,
     "rates": rates,
+    "pilots": pilots,
     "surgery": surgery,
     "whole": whole,
 }
