@@ -47,13 +47,14 @@ def measure(name: str, arm: str, subject: Subject, options: argparse.Namespace, 
         found = canaries.exposure(subject, secrets, states=states, references=REFERENCES)
     else:
         from engram_lm.eval import benchmarks
+        from engram_lm.eval.tasks import find_benchmarks, read_items
 
-        settings = benchmarks.settings(TASKS, data=options.data / "probes", states=states, limit=ITEMS)
+        files = find_benchmarks([options.data / "probes"])
+        tasks = {task: read_items(files[task], most=ITEMS) for task in TASKS}
+        settings = benchmarks.settings(tasks, states=states, harness=benchmarks.require_harness())
         if finished(name, settings, out):
             return
-        found = benchmarks.benchmarks(
-            subject, TASKS, data=options.data / "probes", states=states, limit=ITEMS
-        )
+        found = benchmarks.benchmarks(subject, tasks, states=states)
     more = {"circumstances": circumstances(), "cpu_seconds": round(time.process_time() - begun, 1)}
     save(Measured(**{**vars(found), "facts": found.facts | more}), out)
     print(f"{arm}: {name}, {found.seconds:.0f} s", flush=True)
