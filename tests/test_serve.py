@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from engram_lm.attachment import memory_off, trace  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.mixing import FixedLambda, rules_of, score  # noqa: E402
 from engram_lm.serve import messages as m  # noqa: E402
+from engram_lm.serve.mixed import Mixed  # noqa: E402
 from engram_lm.show.indexed import Indexed  # noqa: E402
 from engram_lm.show.speaking import prompt_ids, speak  # noqa: E402
 from serve_support import DOCUMENTS, LIMITS, served, words  # noqa: E402
@@ -344,6 +347,27 @@ def test_changes_of_another_process_are_seen(site):
     with Library.open(site.service.shelf.directory, "write") as other:
         other.delete(["anvil.md"])
     assert site.post("/api/index/search", {"text": "heaviest anvil"}).json()["count"] == 0
+
+
+def test_a_change_does_not_wait_for_what_is_worked_out_beforehand(tmp_path, monkeypatch):
+    begun, ended = threading.Event(), threading.Event()
+
+    def prepare(self, going) -> None:
+        begun.set()
+        while going():
+            time.sleep(0.001)
+        ended.set()
+
+    monkeypatch.setattr(Mixed, "prepare", prepare)
+    with served(tmp_path) as found:
+        assert begun.wait(30)
+        body = {"documents": [{"id": "late.md", "text": "Late."}]}
+        assert found.post("/api/index/add", body).status_code == 200
+        assert ended.is_set()
+    ended.clear()
+    with served(tmp_path / "another"):
+        pass  # closing does not wait for it either
+    assert ended.is_set()
 
 
 def test_an_empty_index_is_no_index_to_the_model(tmp_path):

@@ -53,7 +53,7 @@ class Service:
         self._begun = time.perf_counter() if begun is None else begun
         self._ready = False
         self._whole, self._warm = threading.Event(), warm
-        self._pending, self._closing = 0, False
+        self._pending, self._closing, self._changed = 0, False, False
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="engram reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="engram writer")
         self.engine = Engine(
@@ -70,7 +70,7 @@ class Service:
         if self._warm is not None:
             self._warm(self)
         with contextlib.suppress(RuntimeError):  # closed meanwhile
-            self._writer.submit(self._tidy)
+            self._writer.submit(self._look_ahead)
 
     def _watch_blocks(self) -> None:
         """Let a long forward end between two blocks where nobody waits for it any more."""
@@ -102,6 +102,7 @@ class Service:
 
     async def changing(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a change of the index, one after the other; small segments are merged when the answer is out."""
+        self._changed = True
         found = await self._in(self._writer, functools.partial(call, *args, **kwargs))
         with contextlib.suppress(RuntimeError):  # closed meanwhile: the change is made, merging waits
             self._writer.submit(self._tidy)
@@ -119,15 +120,18 @@ class Service:
             self._pending -= 1
 
     def _tidy(self) -> None:
-        """Merge small segments, and work out what questions will need of wide intervals."""
-        if self.shelf is None:
-            return
         try:
             self.shelf.tidy()
-            if self.mixed is not None:
-                self.mixed.prepare(going=lambda: not self._closing)
         except Exception as error:  # the next change tries again
             LOG.warning("small segments of the index were not merged: %s", error)
+
+    def _look_ahead(self) -> None:
+        """Work out what questions will need of wide intervals, until the first change comes: it does not wait for this."""
+        try:
+            if self.mixed is not None:
+                self.mixed.prepare(going=lambda: not (self._closing or self._changed))
+        except Exception as error:  # questions work it out themselves
+            LOG.warning("the index was not looked through beforehand: %s", error)
 
     def facts(self) -> dict[str, Any]:
         """For GET /api/about."""
