@@ -45,7 +45,7 @@ class Served:
         )
         self.steps, self.port = [], 0
         for line in self.process.stdout:
-            self.steps.append(line.rstrip())
+            self.steps.append(re.sub(r", in /\S+$", "", line.rstrip()))
             if found := re.search(r"ready: open http://[^:]+:(\d+)/", line):
                 self.port = int(found[1])
                 break
