@@ -113,6 +113,26 @@ def test_finished_measures_are_left_alone(base, files, capsys, monkeypatch):
     assert load(files / "report/perplexity.json").settings["stride"] == 16
 
 
+def test_another_seed_of_the_noise_is_another_setting(with_memory, files, capsys):
+    options = (
+        with_memory,
+        "--out",
+        "report",
+        "--text",
+        "held.txt",
+        "--window",
+        "64",
+        "--memory",
+        "on",
+        "noise",
+    )
+    assert run(*options, "--seed", "1", capsys=capsys)[0] == 0
+    assert load(files / "report/perplexity.json").settings["state_seed"] == 1
+    code, _, err = run(*options, "--seed", "2", capsys=capsys)
+    assert code == 2
+    assert "another state_seed (1, not 2)" in err
+
+
 def test_a_directory_holds_one_model(base, with_memory, files, capsys):
     assert run(base[0], "--out", "report", "--text", "held.txt", "--window", "64", capsys=capsys)[0] == 0
     code, _, err = run(with_memory, "--out", "report", "--facts", "facts.jsonl", capsys=capsys)

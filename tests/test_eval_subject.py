@@ -1,5 +1,7 @@
 """The subject of an evaluation: its states, what it says about ids against plain forwards, and that nothing stays behind."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -109,13 +111,28 @@ def test_off_is_the_model_without_memory(loud, bare):
         assert np.array_equal(loud.log_probs(ids), bare.log_probs(ids))
 
 
+def test_states_that_draw_name_their_seed(loud):
+    assert loud.drawn(["on", "off"]) == {}
+    assert Subject(loud.model, loud.tokenizer, seed=7).drawn(["on", "noise"]) == {"state_seed": 7}
+    assert loud.drawn(["shuffled"]) == {"state_seed": 0}
+
+
 def test_facts_change_with_the_memory(loud):
     before = loud.facts()
-    rows = memories(loud.model)["memory"].slots[0].table.rows_view()
-    kept = rows[0].clone()
-    rows[0] += 1
-    assert loud.facts()["memory_sha256"] != before["memory_sha256"]
-    rows[0] = kept
+    memory = memories(loud.model)["memory"]
+    rows = memory.slots[0].table.rows_view()
+    seen = {before["memory_sha256"]}
+    for row in range(len(rows)):
+        kept = rows[row].clone()
+        rows[row, -1] += 1
+        seen.add(loud.facts()["memory_sha256"])
+        rows[row] = kept
+    assert len(seen) == 1 + len(rows)
+    assert loud.facts() == before
+    config = memory.config
+    memory.config = replace(config, control="shuffled")
+    assert loud.facts()["memory_sha256"] not in seen
+    memory.config = config
     assert loud.facts() == before
     assert before["tables"]["memory at block 1"]["rows"] == rows.shape[0]
 

@@ -74,7 +74,8 @@ def benchmarks(
                 chance = float(np.mean([1 / len(item.pairs) for item in items]))
                 values.append(Value(metric, name, CHANCE, chance, len(items), "items"))
     return Measured(
-        "benchmarks", tuple(values), settings(tasks, states=states, harness=harness),
+        "benchmarks", tuple(values),
+        settings(tasks, states=states, harness=harness) | subject.drawn(states),
         notes=(f"lm-evaluation-harness {harness}, zero-shot, its prompts, local files.",),
         seconds=round(time.perf_counter() - begun, 2),
     )  # fmt: skip

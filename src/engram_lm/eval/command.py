@@ -203,7 +203,8 @@ def _plan(subject: Subject, options: EvalOptions, inputs: _Inputs) -> list[_Step
 
     def step(name: str, about: dict[str, Any], run: Callable[[Progress], Measured], *files: str) -> None:
         read = {f"{kind} files": inputs.files[kind] for kind in files if inputs.files[kind]}
-        steps.append(_Step(name, plain({**model, **about, **read}), run))
+        drawn = subject.drawn(about.get("states", ()))
+        steps.append(_Step(name, plain({**model, **about, **drawn, **read}), run))
 
     def training() -> Iterator[np.ndarray] | None:
         return _training_ids(options.training, subject) if options.training else None

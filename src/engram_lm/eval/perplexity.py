@@ -116,7 +116,8 @@ def perplexity(
         )
     return Measured(
         "perplexity", tuple(values),
-        settings(texts, states=states, window=window, stride=stride, trained_on=trained_on), tuple(notes),
+        settings(texts, states=states, window=window, stride=stride, trained_on=trained_on) | subject.drawn(states),
+        tuple(notes),
         round(time.perf_counter() - begun, 2),
     )  # fmt: skip
 

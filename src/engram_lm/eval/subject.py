@@ -44,6 +44,9 @@ STATES: tuple[State, ...] = get_args(State)
 # Continuations that are read together: their logits are as many rows as they have tokens.
 _TOGETHER = 64
 
+# Rows of a table that are hashed at once.
+_ROWS = 1 << 16
+
 
 class Said(NamedTuple):
     """log_p: nats of a whole continuation. greedy: whether the arg max at each of its tokens is that token."""
@@ -96,6 +99,10 @@ class Subject:
             "model": self.name, "base_sha256": fingerprint_of(self.model)[:16], "dtype": "/".join(dtypes),
             "memory_sha256": _memory_print(self.model), "tables": tables,
         }  # fmt: skip
+
+    def drawn(self, states: Sequence[str]) -> dict[str, Any]:
+        """The seed of the states that draw something, for the settings of a result; empty where none of them does."""
+        return {"state_seed": self.seed} if {"noise", "shuffled"} & set(states) else {}
 
     def require_states(self, wanted: Sequence[str]) -> None:
         """ConfigError for a state that the model cannot be in."""
@@ -236,19 +243,26 @@ def _start_ids(tokenizer: Any) -> np.ndarray:
 
 
 def _memory_print(model: Any) -> str | None:
-    """sha256 over samples of rows and over all parameters of the memories; None without one."""
+    """sha256 over all rows, parameters, the token map and the config of every memory; None without one."""
     import hashlib
+    import json
 
     found = memories(model)
     if not found:
         return None
-    digest = hashlib.sha256(b"engram memory 1\n")
+    digest = hashlib.sha256(b"engram memory 2\n")
+
+    def add(what: str, values: torch.Tensor) -> None:
+        digest.update(f"{what} {values.dtype} {tuple(values.shape)}\n".encode())
+        digest.update(values.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+
     for name, memory in sorted(found.items()):
+        digest.update(f"{name} {json.dumps(memory.config.to_json(), sort_keys=True)}\n".encode())
+        digest.update(np.ascontiguousarray(memory.token_map.canonical))
         for slot in memory.slots:
             n = slot.table.n_rows
-            sample = torch.arange(0, n, max(1, n // 4096))
-            rows = slot.table.gather(sample).float().cpu().contiguous()
-            digest.update(f"{name} {slot.block} {n} {slot.table.width}\n".encode() + rows.numpy().tobytes())
-            for parameter in slot.parameters():
-                digest.update(parameter.detach().float().cpu().numpy().tobytes())
+            for at in range(0, n, _ROWS):
+                add(f"{slot.block} rows", slot.table.gather(torch.arange(at, min(at + _ROWS, n))))
+            for of, parameter in slot.named_parameters():
+                add(f"{slot.block} {of}", parameter)
     return digest.hexdigest()[:16]
