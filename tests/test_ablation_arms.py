@@ -119,7 +119,9 @@ def test_unigram_depends_on_one_id(bare):
 
 
 def test_bias_adds_one_vector_and_trains_nothing_else(bare):
-    model = with_control(copy.deepcopy(bare).requires_grad_(False), MemoryConfig(layers=(1,), control="bias"))
+    model = with_control(
+        copy.deepcopy(bare).requires_grad_(False), MemoryConfig(layers=(1,), control="bias", **_sizes())
+    )
     assert torch.equal(model(IDS).logits, bare(IDS).logits)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["model.engram.memory.0.bias"]
     trained(model)
@@ -133,7 +135,7 @@ def test_bias_adds_one_vector_and_trains_nothing_else(bare):
 
 
 def test_off_is_never_read(bare):
-    model = with_control(bare, MemoryConfig(layers=(1,), control="off"))
+    model = with_control(bare, MemoryConfig(layers=(1,), control="off", **_sizes()))
     with torch.no_grad():
         memories(model)["memory"].slots[0].table.rows_view().fill_(1.0)
         assert torch.equal(model(IDS).logits, bare(IDS).logits)
