@@ -177,7 +177,7 @@ def test_json_is_what_the_files_hold(base, files, capsys):
         (("--text", "held.txt", "--tokens", "0"), "--tokens is 1 or more; got 0"),
         (("--text", "held.txt", "--memory", "on"), "has no memory: its states are none; got 'on'"),
         (("--text", "held.txt", "--memory", "loud"), "loud"),
-        (("--spans", "spans.json"), "has no memory, so no gates"),
+        (("--spans", "spans.json"), "has no memory: it has no gates"),
         (("--canaries", "held.txt"), "broken JSON"),
         (("--pararel", "held.txt"), "cannot be read as a folder or a tar archive"),
         (("--benchmarks", "held.txt"), "names begin with lambada"),

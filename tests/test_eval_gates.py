@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import models  # noqa: E402
-from engram_lm.attachment import trace  # noqa: E402
+from engram_lm.attachment import MemoryConfig, attach, trace  # noqa: E402
 from engram_lm.errors import ConfigError, DataError, ModelError  # noqa: E402
 from engram_lm.eval.gates import gates, ranks  # noqa: E402
 from engram_lm.eval.spans import INSIDE, LAST, OUTSIDE, Marked, place_tokens, read_spans  # noqa: E402
@@ -175,3 +175,18 @@ def test_what_has_no_gates_is_refused(loud):
         gates(Subject(models.build("llama"), models.tokenizer()), texts=[Text("a", np.arange(2, 9))])
     with pytest.raises(ConfigError, match="give some"):
         gates(loud)
+
+
+@pytest.mark.parametrize(("control", "states"), [("bias", ("on", "off")), ("off", ("none",))])
+def test_a_control_without_lookups_has_no_gates_and_fewer_states(control, states):
+    model = models.build("llama")
+    size = {"rows_per_head": 53, "head_width": 4, "heads": 2}
+    attach(model, models.tokenizer(), MemoryConfig(layers=(1,), control=control, **size))
+    subject = Subject(model, models.tokenizer())
+    assert subject.states == states
+    with pytest.raises(ConfigError, match=f"a memory of control '{control}': its states are"):
+        subject.require_states(["noise"])
+    with pytest.raises(ModelError, match=f"control '{control}', which looks nothing up: it has no gates"):
+        gates(subject, texts=[Text("a", np.arange(2, 9))])
+    with subject.state(states[0]):
+        assert len(subject.log_probs(np.arange(2, 9))) == 6

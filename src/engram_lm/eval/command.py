@@ -244,8 +244,7 @@ def _plan(subject: Subject, options: EvalOptions, inputs: _Inputs) -> list[_Step
     if options.gates or inputs.marked:
         seen = {"window": window, "trained_on": trained_on}
         read = texts if options.gates else []
-        if "on" not in subject.states:
-            raise ConfigError(f"{subject.name} has no memory, so no gates: leave out --gates and --spans.")
+        subject.require_gates()
         step(
             "gates", gates.settings(read, inputs.marked, **seen),
             lambda progress: gates.gates(

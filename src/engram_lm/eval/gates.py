@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, ModelError
+from engram_lm.errors import ConfigError
 from engram_lm.eval.frequency import BUCKETS, Frequencies, bucket_of
 from engram_lm.eval.intervals import drawn, interval, ratio_draws
 from engram_lm.eval.measured import Measured, Value
@@ -64,8 +64,7 @@ def gates(
 ) -> Measured:  # fmt: skip
     """Gates of every memory layer over texts, and over texts with marked entities."""
     marked = marked or {}
-    if "on" not in subject.states:
-        raise ModelError(f"{subject.name} has no memory: it has no gates to measure.")
+    subject.require_gates()
     if not texts and not marked:
         raise ConfigError("Gates are measured over texts: give some, or some with marked entities.")
     begun = time.perf_counter()

@@ -6,11 +6,13 @@
         subject.continuations(prompt, [[12, 7], [9]])   # of each: log P, and whether greedy decoding says it
 
     state      what the memory's layers read
-    none       a model without memory
+    none       a model without memory, or with one of control "off", which is never read
     on         their own rows
     off        nothing: the base model
     noise      Gaussian rows of the same norms        (attachment.NoiseRows)
     shuffled   rows of other addresses of the head    (attachment.OtherRows)
+
+A memory of control "bias", which has no rows to read, has only on and off.
 
 A state ends with its block, and leaves no bit behind. All numbers come from float32 logits (or better) of a model in eval
 mode, sequence by sequence, without padding before a scored token: they do not depend on a batch size.
@@ -22,7 +24,7 @@ import contextlib
 import copy
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -32,7 +34,7 @@ import torch.nn.functional as F
 
 from engram_lm.attachment import NoiseRows, OtherRows, memories, memory_off, reading
 from engram_lm.attachment.loading import load_any
-from engram_lm.errors import ConfigError, DataError, TokenIdError
+from engram_lm.errors import ConfigError, DataError, ModelError, TokenIdError
 from engram_lm.library.encoding import TextEncoder
 from engram_lm.train.base import fingerprint_of
 
@@ -40,6 +42,9 @@ logger = logging.getLogger(__name__)
 
 State = Literal["none", "on", "off", "noise", "shuffled"]
 STATES: tuple[State, ...] = get_args(State)
+
+# Controls without lookups: see `attachment.controls`.
+_LOOKS_NOTHING_UP = ("bias", "off")
 
 # Continuations that are read together: their logits are as many rows as they have tokens.
 _TOGETHER = 64
@@ -63,7 +68,8 @@ class Subject:
         self.encoder = TextEncoder.of(tokenizer)
         self.start = _start_ids(tokenizer)
         found = memories(model)
-        self.states: tuple[State, ...] = ("on", "off", "noise", "shuffled") if found else ("none",)
+        self.controls = {name: memory.config.control for name, memory in found.items()}
+        self.states: tuple[State, ...] = _states_of(self.controls.values())
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         # None: to be found out. A control may read by what the forward begins with; then a prefix is no forward of its own
         self.caches: bool | None
@@ -74,6 +80,16 @@ class Subject:
         """smollm2, a directory of a model or of a memory, a run, or a hub name."""
         model, tokenizer = load_any(name)
         return cls(model if device is None else model.to(device), tokenizer, name=str(name), seed=seed)
+
+    def require_gates(self) -> None:
+        """ModelError where no memory looks rows up: only those have gates."""
+        if not self.controls:
+            raise ModelError(f"{self.name} has no memory: it has no gates to measure.")
+        if set(self.controls.values()) <= set(_LOOKS_NOTHING_UP):
+            kinds = ", ".join(sorted({repr(control) for control in self.controls.values()}))
+            raise ModelError(
+                f"The memory of {self.name} is of control {kinds}, which looks nothing up: it has no gates to measure."
+            )
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +124,10 @@ class Subject:
         """ConfigError for a state that the model cannot be in."""
         for state in wanted:
             if state not in self.states:
-                has = "no memory" if self.states == ("none",) else "a memory"
+                kinds = sorted(
+                    {f" of control {c!r}" for c in self.controls.values() if c in _LOOKS_NOTHING_UP}
+                )
+                has = f"a memory{' and one'.join(kinds)}" if self.controls else "no memory"
                 raise ConfigError(
                     f"{self.name} has {has}: its states are {', '.join(self.states)}; got {state!r}."
                 )
@@ -223,6 +242,14 @@ class Subject:
             logits_TV = self.model(ids_T[None], use_cache=False).logits[0]
             said.append(_said(logits_TV[len(prompt) - 1 : -1], ids_T[len(prompt) :]))
         return said
+
+
+def _states_of(controls: Iterable[str | None]) -> tuple[State, ...]:
+    """The states that say something of memories of these controls: one of "off" is never read, "bias" has no rows to change."""
+    read = [control for control in controls if control != "off"]
+    if not read:
+        return ("none",)
+    return ("on", "off") if set(read) == {"bias"} else ("on", "off", "noise", "shuffled")
 
 
 def _losses(logits_TV: torch.Tensor, target_T: torch.Tensor) -> np.ndarray:
