@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from engram_lm import cli  # noqa: E402
 from engram_lm.attachment import MemoryConfig, attach, save_memory  # noqa: E402
-from engram_lm.eval import facts  # noqa: E402
+from engram_lm.eval import circumstances, facts  # noqa: E402
 from engram_lm.eval.measured import Measured, Value, load  # noqa: E402
 from engram_lm.eval.report import report  # noqa: E402
 from models import make_loud, saved_doll  # noqa: E402
@@ -92,7 +92,9 @@ def test_a_memory_is_measured_and_told(with_memory, files, capsys):
     perplexity = load(files / "report/perplexity.json")
     assert perplexity.settings["text files"][0]["name"] == "held.txt"
     assert perplexity.settings["training"][0]["bytes"] == (files / "trained.jsonl").stat().st_size
-    assert perplexity.facts["circumstances"]["cores"] >= 1
+    about = perplexity.facts["circumstances"]
+    assert about["cores"] >= 1
+    assert (about["commit"] is None) == (about["dirty"] is None)
     assert perplexity.value("perplexity", of="held.txt", memory="noise").value > 1
 
 
@@ -111,6 +113,28 @@ def test_finished_measures_are_left_alone(base, files, capsys, monkeypatch):
     assert "another stride (32, not 16); give --overwrite" in err
     assert run(*options, "--stride", "16", "--overwrite", capsys=capsys)[0] == 0
     assert load(files / "report/perplexity.json").settings["stride"] == 16
+
+
+def test_overwriting_goes_on_after_a_stop(base, files, capsys, monkeypatch):
+    options = (base[0], "--out", "report", "--text", "held.txt", "--facts", "facts.jsonl")
+    assert run(*options, "--window", "32", "--candidates", "2", capsys=capsys)[0] == 0
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    anew = (*options, "--window", "64", "--candidates", "3", "--overwrite")
+    monkeypatch.setattr(facts, "facts_measured", interrupted)
+    assert run(*anew, capsys=capsys)[0] == 130
+    # the old facts are gone, so that no report tells two settings as one
+    assert sorted(path.name for path in (files / "report").iterdir()) == ["perplexity.json", "report.md"]
+    kept = (files / "report/perplexity.json").read_bytes()
+    monkeypatch.undo()
+    monkeypatch.chdir(files)
+    code, _, err = run(*anew, capsys=capsys)
+    assert code == 0
+    assert "1/2 perplexity: finished before" in err
+    assert (files / "report/perplexity.json").read_bytes() == kept
+    assert load(files / "report/facts.json").settings["candidates"] == 3
 
 
 def test_another_seed_of_the_noise_is_another_setting(with_memory, files, capsys):
@@ -220,6 +244,13 @@ def test_impossible_canaries_are_refused(files, tokens, told, capsys):
     code, _, err = run("canaries", *tokens, capsys=capsys)
     assert code == 2
     assert told in err
+
+
+def test_the_commit_is_that_of_the_start(monkeypatch):
+    before = circumstances.circumstances()
+    monkeypatch.setattr(circumstances, "_git", lambda *_: "later")
+    after = circumstances.circumstances()
+    assert (after["commit"], after["dirty"]) == (before["commit"], before["dirty"])
 
 
 def test_a_report_tells_numbers_as_their_kind():

@@ -96,7 +96,7 @@ def measure(
     device
         cpu, cuda or cuda:1; default where the model loads.
     overwrite
-        Measure again what is finished.
+        Remove results of these measures that are of other settings or of another model, then go on as without it.
     json
         Print JSON instead of the report.
     """

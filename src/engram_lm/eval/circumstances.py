@@ -1,4 +1,7 @@
-"""Where and when a number was measured: what stands beside every result."""
+"""Where and when a number was measured: what stands beside every result.
+
+Import it before the first measure: the commit is that of the process's start, as the checkout may move on while it runs.
+"""
 
 import hashlib
 import os
@@ -13,7 +16,10 @@ from engram_lm import __version__
 
 
 def circumstances() -> dict[str, Any]:
-    """Machine, threads, versions, commit (None outside a checkout of this package), date and load."""
+    """Machine, threads, versions, commit and whether tracked files differed from it, date and load.
+
+    commit and dirty are as at the import of this module; None outside a checkout of this package.
+    """
     import torch
 
     return {
@@ -24,7 +30,7 @@ def circumstances() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": {"engram-lm": __version__, **{n: _version(n) for n in ("torch", "transformers", "peft")}},
-        "commit": _git("rev-parse", "HEAD"),
+        **_CHECKOUT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "load_average": round(os.getloadavg()[0], 2),
     }
@@ -65,3 +71,11 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
+
+
+def _checkout() -> dict[str, Any]:
+    changes = _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": _git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+
+
+_CHECKOUT = _checkout()

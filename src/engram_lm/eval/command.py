@@ -4,7 +4,8 @@
     DIR/report.md                all of them, written anew after each
 
 Inputs are read and checked before the first measure runs. The same command leaves finished measures alone; other settings
-are refused unless they may be overwritten. Ctrl-C keeps what is finished.
+are refused, or with overwrite=True removed before the first measure, so that a stop can be continued. Ctrl-C keeps what is
+finished.
 """
 
 from __future__ import annotations
@@ -88,8 +89,10 @@ def eval_command(name: str, *, out: Path, options: EvalOptions, overwrite: bool,
         raise ConfigError(f"{out} is a file; --out names a directory.")
     subject = Subject.load(name, device=options.device, seed=options.seed)
     steps = _plan(subject, options, inputs)
-    done = {step.name: None if overwrite else finished(step.name, step.settings, out) for step in steps}
     _require_one_model(out, steps)
+    if overwrite:
+        _remove_others(out, steps)
+    done = {step.name: finished(step.name, step.settings, out) for step in steps}
     try:
         for n, step in enumerate(steps):
             if done[step.name] is None:
@@ -273,6 +276,15 @@ def _require_one_model(out: Path, steps: Sequence[_Step]) -> None:
                 )
 
 
+def _remove_others(out: Path, steps: Sequence[_Step]) -> None:
+    """Remove what the planned measures found with other settings or another model; what is of these stays."""
+    for step in steps:
+        try:
+            finished(step.name, step.settings, out)
+        except (ConfigError, DataError):
+            (out / f"{step.name}.json").unlink()
+
+
 def _stride(options: EvalOptions) -> int:
     return max(1, options.window // 2) if options.stride is None else options.stride
 
@@ -323,7 +335,7 @@ def _about(results: Sequence[Measured]) -> list[str]:
         f"{f.get('cpu')}, {f.get('threads')} of {f.get('cores')} threads"
         f"{', ' + f['accelerator'] if f.get('accelerator') else ''}; "
         f"{', '.join(f'{n} {v}' for n, v in f.get('versions', {}).items() if v)}"
-        f"{', commit ' + f['commit'][:12] if f.get('commit') else ''}."
+        f"{', commit ' + f['commit'][:12] if f.get('commit') else ''}{' with changes' if f.get('dirty') else ''}."
         for f in found
     }
     return sorted(lines) if len(lines) == 1 else []

@@ -245,7 +245,7 @@ class Subject:
 
 
 def _states_of(controls: Iterable[str | None]) -> tuple[State, ...]:
-    """The states that say something of memories of these controls: one of "off" is never read, "bias" has no rows to change."""
+    """The states that a model with memories of these controls can be in; a memory of control "bias" has no rows to exchange."""
     read = [control for control in controls if control != "off"]
     if not read:
         return ("none",)
