@@ -110,6 +110,29 @@ def test_a_tie_counts_against_the_secret():
     assert exposures(Same({}), [canary], references=7).tolist() == [0.0]
 
 
+def test_secrets_that_change_the_prefixs_ids_are_compared_as_whole_texts():
+    class Merging(Knowing):
+        """Secrets from 5 on begin with a token that holds the prefix's end; that end alone has log P -9."""
+
+        def pair(self, prefix, secret):
+            cut = len(prefix) - 3 * (secret >= "5")
+            text = f"{prefix} {secret}".encode()
+            return np.frombuffer(text[:cut], np.uint8), np.frombuffer(text[cut:], np.uint8)
+
+        def continuations(self, prompt, continuations):
+            end = -9.0 if len(prompt) < len("A is") else 0.0
+            return [Said(end - (9 - int(bytes(c).decode().split()[-1])) / 10, False) for c in continuations]
+
+        def log_probs(self, ids, *, since):
+            return np.full(len(ids) - since, -3.0)
+
+    canary = Canary(name="A", prefix="A is", secret="3", repeats=1)
+    # all texts have the end's -9, so that 3 has 4 to 9 before it: rank 7 of 10
+    assert exposures(Merging({}), [canary], references=9).tolist() == [pytest.approx(math.log2(10 / 7))]
+    canary = Canary(name="A", prefix="A is", secret="7", repeats=1)
+    assert exposures(Merging({}), [canary], references=9).tolist() == [pytest.approx(math.log2(10 / 3))]
+
+
 def test_references_are_the_same_for_every_model_and_never_the_secret():
     canary = make(each=1, seed=0)[0]
     found = module._references(canary, 500, 0)
@@ -138,5 +161,6 @@ def test_a_model_that_learned_canaries_exposes_them_and_its_controls_not():
     assert often.value == pytest.approx(6.0)  # the cap
     assert often.value > never.value + 1
     assert (often.count, never.count) == (2, 2)
+    assert measured.notes[0].startswith("Exposure is −log2 of the share")
     assert "cannot exceed 6.0 bits" in measured.notes[0]
     assert json.loads(json.dumps(measured.to_json()))["settings"]["canaries"] == 6

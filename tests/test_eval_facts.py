@@ -235,6 +235,16 @@ def test_consistency_counts_pairs_of_wordings(pararel):
     assert measured.facts["relations"]["P19"]["right"] == {"on": 0.8333, "off": 0.3333}
 
 
+def test_the_true_object_loses_a_tie(pararel):
+    class Same(Answering):
+        def continuations(self, prompt, continuations):
+            return [Said(-1.0, False)] * len(continuations)
+
+    measured = consistency(Same(None), read_pararel(pararel), states=("on",))
+    assert measured.value("right").value == 0
+    assert measured.value("same answer").value == 1
+
+
 def test_what_is_no_pararel_is_refused(tmp_path, pararel):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no relation with two patterns"):

@@ -4,7 +4,7 @@
     measured.value("acc", of="arc_easy", memory="on").value
 
 The harness gets the model object as it is, memory and its state included; nothing comes from a hub. Zero-shot, its own
-prompts (`tasks`). acc: the right choice has the highest log P. acc_norm: the highest log P a byte of the choice. LAMBADA: acc
+prompts (`tasks`). acc: the right choice has the highest log P. acc_norm: the highest log P a character of the choice. LAMBADA: acc
 is greedy decoding of the last word, perplexity that of the word. Intervals: 1,000 draws of the items. `plain_choices` is the
 same without the harness.
 """

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.eval.facts import ranked
 from engram_lm.eval.intervals import mean_interval
 from engram_lm.eval.measured import Measured, Value
 from engram_lm.train.text import json_lines, read_lines
@@ -152,16 +153,7 @@ def exposures(
     found = []
     for n, canary in enumerate(canaries):
         others = _references(canary, references, seed)
-        prefixes: dict[bytes, tuple[np.ndarray, list[int]]] = {}
-        continuations = []
-        for i, secret in enumerate([canary.secret, *others]):
-            prefix, rest = subject.pair(canary.prefix, secret)
-            continuations.append(rest.tolist())
-            prefixes.setdefault(prefix.tobytes(), (prefix, []))[1].append(i)
-        log_p = np.empty(len(continuations))
-        for prefix, places in prefixes.values():
-            said = subject.continuations(prefix, [continuations[i] for i in places])
-            log_p[places] = [one.log_p for one in said]
+        log_p, _ = ranked(subject, canary.prefix, [canary.secret, *others])
         rank = 1 + int((log_p[1:] >= log_p[0]).sum())
         found.append(math.log2(len(log_p)) - math.log2(rank))
         if progress:
@@ -211,7 +203,7 @@ def exposure(
     return Measured(
         "canaries", tuple(values), settings(canaries, states=states, references=references, seed=seed),
         notes=(
-            f"Exposure is log2 of the share of {space} secrets that are at least as probable, estimated from {references} of "
+            f"Exposure is −log2 of the share of {space} secrets that are at least as probable, estimated from {references} of "
             f"them: it cannot exceed {math.log2(references + 1):.1f} bits, and is 1.44 on average where nothing is known.",
         ),
         seconds=round(time.perf_counter() - begun, 2), facts={"exposure": rows, "repeats": [c.repeats for c in canaries]},

@@ -6,7 +6,7 @@
 In the archive or folder, for every relation: graphs_json/P19.jsonl with {"pattern": "[X] was born in [Y]."} a line, and
 trex_lms_vocab/P19.jsonl with {"sub_label": ..., "obj_label": ...} a line. Used are patterns that end with [Y], since a
 decoder continues text; relations with fewer than two are left out. The answer is the most probable of the true object and
-up to `candidates` other objects of the relation, the same ones for all patterns of a fact.
+up to `candidates` other objects of the relation, the same ones for all patterns of a fact; the true one loses a tie.
 
     same answer             share of pairs of patterns that get the same answer, mean over facts
     right                   share of patterns that get the true object, mean over facts
@@ -125,7 +125,7 @@ def consistency(
                         relation.objects, answer, most=candidates, key=[seed, relation.name, about]
                     )
                     chosen = [
-                        _choose(subject, prompt_of(p, about), [answer, *others]) for p in relation.patterns
+                        _choose(subject, prompt_of(p, about), answer, others) for p in relation.patterns
                     ]
                     same = [a == b for a, b in combinations(chosen, 2)]
                     right = [one == answer for one in chosen]
@@ -151,13 +151,15 @@ def consistency(
         "consistency", tuple(values), settings(relations, states=states, candidates=candidates, seed=seed),
         notes=(
             f"{len(relations)} relations, {wordings:.1f} wordings each on average. The answer is the most probable of the "
-            f"true object and up to {candidates} other objects of its relation. One constant word would be consistent too.",
+            f"true object and up to {candidates} other objects of its relation; it loses a tie. One constant word would be consistent too.",
         ),
         seconds=round(time.perf_counter() - begun, 2), facts={"relations": by_relation},
     )  # fmt: skip
 
 
-def _choose(subject: Subject, prompt: str, answers: Sequence[str]) -> str:
+def _choose(subject: Subject, prompt: str, answer: str, others: Sequence[str]) -> str:
+    """The most probable; a tie goes to another one than the true answer, as in `facts`."""
+    answers = [*others, answer]
     log_p, _ = ranked(subject, prompt, answers)
     return answers[int(log_p.argmax())]
 

@@ -245,7 +245,7 @@ class Subject:
 
 
 def _states_of(controls: Iterable[str | None]) -> tuple[State, ...]:
-    """The states that a model with memories of these controls can be in; a memory of control "bias" has no rows to exchange."""
+    """The states of a model with memories of these controls; one of control "bias" has no rows to exchange."""
     read = [control for control in controls if control != "off"]
     if not read:
         return ("none",)
