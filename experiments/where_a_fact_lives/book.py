@@ -52,7 +52,7 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size(name="quick", entries=200, exposures=6, parts=32),
+        Size(name="quick", entries=200, exposures=4, parts=32),
         Size(name="small", entries=2_500, exposures=40, parts=96),
         Size(name="cpu", entries=5_000, exposures=20, parts=128),
         Size(name="full", entries=100_000, exposures=100, parts=1_024),

@@ -127,7 +127,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--size", choices=[name for name in SIZES if name != "quick"], default="cpu")
-    parser.add_argument("--quick", action="store_true", help="200 entries, 6 exposures: does it run at all")
+    parser.add_argument("--quick", action="store_true", help="200 entries, 4 exposures: does it run at all")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, help="default 0 and 1; 0 alone with --quick")
     parser.add_argument(
