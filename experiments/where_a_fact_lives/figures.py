@@ -26,7 +26,6 @@ COLOURS = {
     "memory": "#c0392b",
     "mostly-memory": "#e67e22",
     "wide": "#2c6e9b",
-    "experts-5x": "#7a8c2a",
 }
 
 
@@ -35,7 +34,7 @@ def draw(told: dict[str, Told], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.0, 4.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10.0, 4.0), dpi=90, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.15, 1))
     other_arms = False
