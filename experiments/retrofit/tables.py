@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from engram_lm.ablation.report import NAMES, by_arm, change, draw_picture, perplexity
+from engram_lm.ablation.report import NAMES, by_arm, change, counted, draw_picture, perplexity
 from engram_lm.eval.measured import Measured, load
 from engram_lm.eval.tables import between, plain, signed, table
 from engram_lm.whole import write_whole
@@ -60,7 +60,7 @@ def trained(arms: Arms) -> str:
             continue
         cpu = one["tokens"] / one["cpu_seconds_of_last_call"]
         rows.append([
-            NAMES[arm], f"{one['trained_parameters'] / 1e6:.2f} M", f"{one['tables_mb']:.0f} MB" if one["tables_mb"] else "",
+            NAMES[arm], counted(one["trained_parameters"]), f"{one['tables_mb']:.0f} MB" if one["tables_mb"] else "",
             f"{one['config']['learning_rate']:g}", f"{one['tokens']:,}", f"{cpu:.0f}",
         ])  # fmt: skip
     return table(["arm", "trained weights", "rows", "rate", "tokens", "tokens a CPU second"], rows)

@@ -91,7 +91,7 @@ def markdown(arms: dict[str, list[dict[str, Any]]]) -> str:
         cells = [NAMES[arm], ", ".join(str(result["seed"]) for result in results)]
         if "steps" in one:
             cells += [
-                f"{one['trained_parameters'] / 1e6:.2f} M",
+                counted(one["trained_parameters"]),
                 f"{one['tables_mb']:.1f} MB" if one["tables_mb"] else "",
                 f"{one['config']['learning_rate']:g}",
                 f"{one['tokens']:,}",
@@ -120,6 +120,11 @@ def _change(results: list[dict[str, Any]], arms: dict[str, list[dict[str, Any]]]
     value, ends = change(pair[0], pair[1], text)
     inside = "" if ends is None else f" ({signed(ends[0])[:-2]} to {signed(ends[1])[:-2]})"
     return signed(value) + inside
+
+
+def counted(parameters: int) -> str:
+    """0.60 M; few are written out."""
+    return f"{parameters / 1e6:.2f} M" if parameters >= 50_000 else f"{parameters:,}"
 
 
 def _spread(results: list[dict[str, Any]], text: str) -> str:
