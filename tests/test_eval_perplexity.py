@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 import models  # noqa: E402
 from engram_lm.errors import ConfigError, DataError  # noqa: E402
 from engram_lm.eval.frequency import BUCKETS, Frequencies, bucket_of  # noqa: E402
-from engram_lm.eval.intervals import interval, mean_interval, ratio_draws  # noqa: E402
+from engram_lm.eval.intervals import interval, mean_interval, ratio_draws, share_interval  # noqa: E402
 from engram_lm.eval.measured import Measured, Value, finished, load, save  # noqa: E402
 from engram_lm.eval.perplexity import losses, perplexity, windows  # noqa: E402
 from engram_lm.eval.subject import Subject  # noqa: E402
@@ -170,6 +170,13 @@ def test_intervals_hold_the_middle_of_the_draws():
     assert ends[0] == pytest.approx(0.3 - 1.96 * np.sqrt(0.21 / 100), abs=0.02)
     assert ends[1] == pytest.approx(0.3 + 1.96 * np.sqrt(0.21 / 100), abs=0.02)
     assert interval(np.array([1.0, np.nan]), 10) is None
+    # Wilson's, by hand: z²/(n + z²) = 3.8415 / 83.8415
+    assert share_interval([0.0] * 80) == (0.0, (0.0, pytest.approx(0.045818, abs=1e-6)))
+    assert share_interval([1.0] * 80) == (1.0, (pytest.approx(1 - 0.045818, abs=1e-6), 1.0))
+    assert share_interval([1.0] * 30 + [0.0] * 70)[1] == pytest.approx((0.218949, 0.395849), abs=1e-6)
+    assert share_interval([0.0, 1.0])[1] is None
+    halves = [0.0, 0.5, 1.0, 1.0, 0.5, 0.0, 0.5]
+    assert share_interval(halves) == mean_interval(halves)
     draws = ratio_draws(np.array([2.0, 4.0]), np.array([1.0, 2.0]))
     assert np.all(draws == 2)
 

@@ -4,9 +4,9 @@
     measured.value("acc", of="arc_easy", memory="on").value
 
 The harness gets the model object as it is, memory and its state included; nothing comes from a hub. Zero-shot, its own
-prompts (`tasks`). acc: the right choice has the highest log P. acc_norm: the highest log P a character of the choice. LAMBADA: acc
-is greedy decoding of the last word, perplexity that of the word. Intervals: 1,000 draws of the items. `plain_choices` is the
-same without the harness.
+prompts (`tasks`). acc: the right choice has the highest log P. acc_norm: the highest log P a character of the choice.
+LAMBADA: acc is greedy decoding of the last word, perplexity that of the word. Intervals: Wilson's of accuracies, 1,000 draws
+of the items of perplexities. `plain_choices` is the same without the harness.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_lm.errors import MissingExtraError
-from engram_lm.eval.intervals import drawn, interval, mean_interval
+from engram_lm.eval.intervals import drawn, interval, share_interval
 from engram_lm.eval.measured import Measured, Value
 from engram_lm.eval.tasks import Item, write_task
 
@@ -114,7 +114,7 @@ def _run(
         rows, place = done["samples"][name], found.setdefault(name, {})
         for metric in ("acc", "acc_norm"):
             if metric in rows[0]:
-                place[metric] = mean_interval([float(row[metric]) for row in rows])
+                place[metric] = share_interval([float(row[metric]) for row in rows])
         if "perplexity" in rows[0]:
             log_p_N = np.array([float(row["perplexity"]) for row in rows])
             draws = np.exp(-log_p_N[drawn(len(log_p_N))].mean(1))

@@ -33,7 +33,7 @@ import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.eval.facts import CANDIDATES, CONSTANT, others_of, ranked
-from engram_lm.eval.intervals import mean_interval
+from engram_lm.eval.intervals import share_interval
 from engram_lm.eval.measured import Measured, Value
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def consistency(
                     if progress:
                         progress(done, total)
         for name in NAMES:
-            mean, ends = mean_interval([numbers[name] for _, numbers in rows])
+            mean, ends = share_interval([numbers[name] for _, numbers in rows])
             values.append(Value(name, "", state, mean, len(rows), "facts", ends))
             for relation in relations:
                 found = [numbers[name] for of, numbers in rows if of == relation.name]
@@ -143,7 +143,7 @@ def consistency(
                     float(np.mean(found)), 4
                 )
     constant = [float(answer == relation.common) for relation in relations for _, answer in relation.pairs]
-    mean, ends = mean_interval(constant)
+    mean, ends = share_interval(constant)
     for name in NAMES[1:]:
         values.append(Value(name, "", CONSTANT, mean, len(constant), "facts", ends))
     wordings = np.mean([len(relation.patterns) for relation in relations])
@@ -151,7 +151,8 @@ def consistency(
         "consistency", tuple(values), settings(relations, states=states, candidates=candidates, seed=seed),
         notes=(
             f"{len(relations)} relations, {wordings:.1f} wordings each on average. The answer is the most probable of the "
-            f"true object and up to {candidates} other objects of its relation; it loses a tie. One constant word would be consistent too.",
+            f"true object, which loses a tie, and up to {candidates} other objects of its relation. One constant word would be "
+            "consistent too.",
         ),
         seconds=round(time.perf_counter() - begun, 2), facts={"relations": by_relation},
     )  # fmt: skip

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.eval.intervals import mean_interval
+from engram_lm.eval.intervals import mean_interval, share_interval
 from engram_lm.eval.measured import Measured, Value
 from engram_lm.train.text import find_files, json_lines, read_lines
 
@@ -161,10 +161,11 @@ def facts_measured(
             continue
         for name in ("said in full", "first among answers", "reciprocal rank"):
             for state in states:
-                mean, ends = mean_interval([row.numbers[name] for row in asked[state][kind]])
+                of_what = mean_interval if name == "reciprocal rank" else share_interval
+                mean, ends = of_what([row.numbers[name] for row in asked[state][kind]])
                 values.append(Value(name, kind, state, mean, len(rows), "facts", ends))
             if name != "reciprocal rank":
-                mean, ends = mean_interval(
+                mean, ends = share_interval(
                     [float(row.fact.answer == common[row.fact.relation]) for row in rows]
                 )
                 values.append(Value(name, kind, CONSTANT, mean, len(rows), "facts", ends))
