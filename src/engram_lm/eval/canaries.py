@@ -204,7 +204,8 @@ def exposure(
         "canaries", tuple(values), settings(canaries, states=states, references=references, seed=seed),
         notes=(
             f"Exposure is −log2 of the share of {space} secrets that are at least as probable, estimated from "
-            f"{references} of them: it cannot exceed {math.log2(references + 1):.1f} bits, and is 1.44 on average where nothing is known.",
+            f"{references} of them: it cannot exceed {math.log2(references + 1):.1f} bits, and is 1.44 on average "
+            "where nothing is known.",
         ),
         seconds=round(time.perf_counter() - begun, 2), facts={"exposure": rows, "repeats": [c.repeats for c in canaries]},
     )  # fmt: skip

@@ -151,8 +151,8 @@ def consistency(
         "consistency", tuple(values), settings(relations, states=states, candidates=candidates, seed=seed),
         notes=(
             f"{len(relations)} relations, {wordings:.1f} wordings each on average. The answer is the most probable of the "
-            f"true object, which loses a tie, and up to {candidates} other objects of its relation. One constant word would be "
-            "consistent too.",
+            f"true object, which loses a tie, and up to {candidates} other objects of its relation. One constant word "
+            "would be consistent too.",
         ),
         seconds=round(time.perf_counter() - begun, 2), facts={"relations": by_relation},
     )  # fmt: skip
