@@ -47,8 +47,9 @@ def require(true: bool, sentence: str) -> None:
 
 PROOF_ARMS = (
     "none", "memory", "mostly-memory", "one-row", "shuffled", "frozen-random", "unigram", "wide", "embedding-5x",
-    "experts-5x",
+    "experts-5x", "memory-1x",
 )  # fmt: skip
+MEMORY_ARMS = ("memory", "mostly-memory", "memory-1x")
 
 
 def proof_facts() -> dict[str, Any]:
@@ -57,7 +58,18 @@ def proof_facts() -> dict[str, Any]:
         arm: [one for seed in range(9) for one in _there(results / f"cpu-{arm}-{seed}.json")]
         for arm in PROOF_ARMS
     }
-    bits = {arm: mean(_asked(one, "plain") for one in found) for arm, found in runs.items() if found}
+    sizes = {(one["size"]["exposures"], one["size"]["entries"]) for found in runs.values() for one in found}
+    require(len(sizes) == 1, "every arm read the same book equally often")
+
+    def paired(arm: str, other: str) -> list[tuple[float, float]]:
+        """Bits of two arms in the seeds that both have."""
+        of, beside = ({one["seed"]: _asked(one, "plain") for one in runs[name]} for name in (arm, other))
+        return [(of[seed], beside[seed]) for seed in sorted(of.keys() & beside.keys())]
+
+    def times(arm: str) -> str:
+        """How many times the bits of the arm without memory, by seed."""
+        return " and ".join(f"{of / none:.1f}" for of, none in paired(arm, "none"))
+
     rows = []
     for found in runs.values():
         if not found:
@@ -67,18 +79,26 @@ def proof_facts() -> dict[str, Any]:
         forms = [mean(_asked(one, form) for one in found) for form in ("filler", "reworded")]
         rows.append(f"| {found[0]['arm']['title']} | {plain} | {per} | {forms[0]:.1f} | {forms[1]:.1f} |")
     memory = runs["memory"]
-    controls = [bits[arm] for arm in PROOF_ARMS[3:] if arm in bits]
+    controls = [arm for arm, found in runs.items() if found and arm not in (*MEMORY_ARMS, "none")]
+    none = [_asked(one, "plain") for one in runs["none"]]
     surgery = [one for seed in range(9) for one in _there(results / f"cpu-surgery-memory-{seed}.json")]
     zeroed = [one["necessity"]["name and answer"] for one in surgery]
-    chance = [one["necessity"]["random rows"] for one in surgery]
     written = [one["sufficiency"] for one in surgery]
     never = {
         (arm, form): mean(one["asked"][form]["never read so"]["bits"] for one in runs[arm])
         for arm in ("memory", "none")
         for form in ("filler", "reworded")
     }
-    require(bits["memory"] > 1.2 * bits["none"], "memory holds more than experts")
-    require(max(controls) < bits["memory"], "no control holds as much as memory")
+    require(all(of > 1.2 * than for of, than in paired("memory", "none")), "memory learns more than experts")
+    require(
+        all(of < 0.8 * than for arm in controls for of, than in paired(arm, "memory")),
+        "no control learns nearly as much as memory, in any seed",
+    )
+    require(
+        bool(paired("memory-1x", "none"))
+        and all(of > 1.2 * than for of, than in paired("memory-1x", "none")),
+        "rows at the rate of everything else learn more than experts",
+    )
     require(
         all(one["undo"]["table_equal"] and one["undo"]["logits_equal"] for one in surgery), "undo is exact"
     )
@@ -94,12 +114,13 @@ def proof_facts() -> dict[str, Any]:
     return {
         "exposures": memory[0]["size"]["exposures"], "parameters": shape["total"] / 1e6,
         "seeds": _seeds([len(found) for found in runs.values() if found]), "arms": "\n".join(rows),
-        "moved": 100 * shape["rows"] / shape["sparse"], "gain": bits["memory"] / bits["none"],
-        "gain_most": bits["mostly-memory"] / bits["none"], "best_control": max(controls),
+        "moved": 100 * shape["rows"] / shape["sparse"], "gain": times("memory"), "gain_most": times("mostly-memory"),
+        "gain_1x": times("memory-1x"), "best_control": max(of for arm in controls for of, _ in paired(arm, arm)),
+        "none_low": min(none), "none_high": max(none), "longer": _longer(results / "pilots.jsonl"),
         "own_before": mean(one["own_bits_before"] for one in zeroed),
-        "own_after": mean(max(one["own_bits_after"], 0.0) for one in zeroed),
+        "own_after": f"{mean(one['own_bits_after'] for one in zeroed):.0f}".replace("-", "−"),
         "own_name": mean(one["necessity"]["name"]["own_bits_after"] for one in surgery),
-        "random_lost": mean(one["own_bits_before"] - one["own_bits_after"] for one in chance),
+        "own_said": sum(one["necessity"]["name"]["own_still_full"] for one in surgery),
         "written": sum(one["name and answer"]["new_said_in_full"] for one in written),
         "written_name": sum(one["name"]["new_said_in_full"] for one in written),
         "operations": sum(one["name"]["operations"] for one in written),
@@ -107,6 +128,16 @@ def proof_facts() -> dict[str, Any]:
         "filler": never["memory", "filler"], "filler_none": never["none", "filler"],
         "reworded": never["memory", "reworded"], "reworded_none": never["none", "reworded"],
     }  # fmt: skip
+
+
+def _longer(path: Path) -> str:
+    """What two arms of half the size had learned after a hundred readings."""
+    found = {one["args"][1]: one for one in map(json.loads, path.read_text(encoding="utf8").splitlines())}
+    require(
+        min(one["plain"] for one in found.values()) > 45,
+        "after a hundred readings both arms know the book",
+    )
+    return " and ".join(f"{found[arm]['plain']:.1f}" for arm in ("none", "memory"))
 
 
 def _there(path: Path) -> Iterator[Any]:
@@ -139,15 +170,20 @@ def retrofit_facts() -> dict[str, Any]:
         if facts.exists():
             measured = load(facts)
             state = "none" if any(value.memory == "none" for value in measured.values) else "on"
-            cells += [
-                f"{100 * measured.value('said in full', of=of, memory=state).value:.0f} %"
-                for of in ("verbatim", "paraphrased")
-            ]
+            cells += [_share(measured, of, state) for of in ("verbatim", "paraphrased")]
+            constant = [_share(measured, of, "most common answer") for of in ("verbatim", "paraphrased")]
         else:
             cells += ["not asked", "not asked"]
         rows.append(f"| {NAMES[arm]} | {' | '.join(cells)} |")
+    rows.append(f"| the most common answer, always | | | | | {' | '.join(constant)} |")
     tokens = max(one.get("tokens", 0) for found in arms.values() for one in found)
     return {"retrofit": "\n".join(rows), "retrofit_tokens": tokens}
+
+
+def _share(measured: Any, of: str, state: str) -> str:
+    value = measured.value("said in full", of=of, memory=state)
+    ends = "" if value.interval is None else " ({:.0f}–{:.0f})".format(*(100 * end for end in value.interval))
+    return f"{100 * value.value:.0f} %{ends}"
 
 
 def index_facts() -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_a_changed_number_is_seen_and_a_turned_finding_refused(figures, monkeypa
     assert figures.redrawn(readme) != readme
     assert "44.4" in figures.redrawn(readme)
     monkeypatch.setattr(figures, "read", changed(1.0))
-    with pytest.raises(DataError, match="memory holds more than experts"):
+    with pytest.raises(DataError, match="memory learns more than experts"):
         figures.redrawn(readme)
 
 

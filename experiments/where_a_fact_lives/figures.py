@@ -8,7 +8,6 @@ Each table stands in README.md between its marks and is written anew. `--size` s
 
 import argparse
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -87,7 +86,8 @@ def main() -> None:
     if options.source is not None:
         for pattern in (f"{options.size}-*.json", "tuning-*.json"):
             for path in sorted(options.source.glob(pattern)):
-                shutil.copyfile(path, RESULTS / path.name)
+                text = path.read_text(encoding="utf8").replace(str(options.source.parent), "OUT")
+                (RESULTS / path.name).write_text(text, encoding="utf8")
     told = read(RESULTS, options.size)
     if not told:
         raise SystemExit(

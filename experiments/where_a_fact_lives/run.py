@@ -117,6 +117,15 @@ def one_run(
     }  # fmt: skip
 
 
+def _require_same(path: Path, size: str, recipe: Recipe, *, exposures: int) -> None:
+    """SystemExit where a finished result is of other settings than this run's."""
+    told = json.loads(path.read_text(encoding="utf8"))
+    found = {**told["recipe"], "exposures": told["size"]["exposures"], "entries": told["size"]["entries"]}
+    wanted = {**vars(recipe), "exposures": exposures, "entries": SIZES[size].entries}
+    if found != wanted:
+        raise SystemExit(f"{path} is of {found}; this run has {wanted}. Name another --out.")
+
+
 def model_path(out: Path, size: str, arm: str, seed: int) -> Path:
     return out / "models" / f"{size}-{arm}-{seed}"
 
@@ -157,7 +166,13 @@ def main() -> None:
                 for arm in OPERATED
                 if arm in options.arms
             ]
-    left = [(name, what) for name, what in work if not (results / f"{name}.json").exists()]
+    left = []
+    for name, (kind, arm, seed, recipe) in work:
+        path = results / f"{name}.json"
+        if not path.exists():
+            left.append((name, (kind, arm, seed, recipe)))
+        elif kind != "surgery":
+            _require_same(path, size, recipe, exposures=SIZES[size].exposures // (2 if kind == "tune" else 1))
     sys.stderr.write(
         f"{len(work)} results, {len(work) - len(left)} are there; one thread an arm, {results}\n"
     )
