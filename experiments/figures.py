@@ -16,7 +16,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from engram_lm.errors import DataError
+from engram_lm.eval.intervals import share_interval
 from engram_lm.eval.measured import load
 from engram_lm.whole import write_whole
 
@@ -116,7 +119,7 @@ def proof_facts() -> dict[str, Any]:
         "seeds": _seeds([len(found) for found in runs.values() if found]), "arms": "\n".join(rows),
         "moved": 100 * shape["rows"] / shape["sparse"], "gain": times("memory"), "gain_most": times("mostly-memory"),
         "gain_1x": times("memory-1x"), "best_control": max(of for arm in controls for of, _ in paired(arm, arm)),
-        "none_low": min(none), "none_high": max(none), "longer": _longer(results / "pilots.jsonl"),
+        "none_low": min(none), "none_high": max(none),
         "own_before": mean(one["own_bits_before"] for one in zeroed),
         "own_after": f"{mean(one['own_bits_after'] for one in zeroed):.0f}".replace("-", "−"),
         "own_name": mean(one["necessity"]["name"]["own_bits_after"] for one in surgery),
@@ -128,16 +131,6 @@ def proof_facts() -> dict[str, Any]:
         "filler": never["memory", "filler"], "filler_none": never["none", "filler"],
         "reworded": never["memory", "reworded"], "reworded_none": never["none", "reworded"],
     }  # fmt: skip
-
-
-def _longer(path: Path) -> str:
-    """What two arms of half the size had learned after a hundred readings."""
-    found = {one["args"][1]: one for one in map(json.loads, path.read_text(encoding="utf8").splitlines())}
-    require(
-        min(one["plain"] for one in found.values()) > 45,
-        "after a hundred readings both arms know the book",
-    )
-    return " and ".join(f"{found[arm]['plain']:.1f}" for arm in ("none", "memory"))
 
 
 def _there(path: Path) -> Iterator[Any]:
@@ -177,13 +170,41 @@ def retrofit_facts() -> dict[str, Any]:
         rows.append(f"| {NAMES[arm]} | {' | '.join(cells)} |")
     rows.append(f"| the most common answer, always | | | | | {' | '.join(constant)} |")
     tokens = max(one.get("tokens", 0) for found in arms.values() for one in found)
-    return {"retrofit": "\n".join(rows), "retrofit_tokens": tokens}
+    at = {
+        (arm, text): perplexity(arms[arm], text)[0]
+        for arm in ("none", "memory", "one-row")
+        for text in ("read", "unseen")
+    }
+    require(at["one-row", "read"] > 3 * at["memory", "read"], "what is known by heart is looked up")
+    require(
+        at["one-row", "unseen"] < at["memory", "unseen"] < at["none", "unseen"],
+        "one row does better on unseen text",
+    )
+
+    def exposed(arm: str, state: str = "on") -> float:
+        return (
+            load(results / f"{arm}-0" / "canaries.json")
+            .value("exposure, bits", of="4 repeats", memory=state)
+            .value
+        )
+
+    require(
+        exposed("memory") > 2 * max(exposed("lora"), exposed("memory", "shuffled")), "secrets sit in the rows"
+    )
+    return {
+        "retrofit": "\n".join(rows), "retrofit_tokens": tokens,
+        **{f"{text}_{arm.replace('-', '_')}": value for (arm, text), value in at.items()},
+        "secret_memory": exposed("memory"), "secret_lora": exposed("lora"), "secret_none": exposed("none", "none"),
+        "secret_shuffled": exposed("memory", "shuffled"),
+    }  # fmt: skip
 
 
 def _share(measured: Any, of: str, state: str) -> str:
     value = measured.value("said in full", of=of, memory=state)
-    ends = "" if value.interval is None else " ({:.0f}–{:.0f})".format(*(100 * end for end in value.interval))
-    return f"{100 * value.value:.0f} %{ends}"
+    # of none of all, a bootstrap knows no interval
+    ends = share_interval(np.zeros(value.count))[1] if value.value == 0 else value.interval
+    inside = "" if ends is None else " ({:.0f}–{:.0f})".format(*(100 * end for end in ends))
+    return f"{100 * value.value:.0f} %{inside}"
 
 
 def index_facts() -> dict[str, Any]:
