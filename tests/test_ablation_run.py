@@ -168,6 +168,18 @@ def test_other_options_are_refused(whole, text):
         ablate(plan, out=out)
 
 
+def test_a_text_that_changed_meanwhile_is_refused(text, tmp_path, monkeypatch):
+    own = tmp_path / "own.txt"
+    own.write_text(text.read_text())
+    plan = a_plan(own, ("none",))
+    monkeypatch.setattr(run_module, "_train", lambda *_: "interrupted")
+    assert ablate(plan, out=tmp_path / "out") == "interrupted"
+    assert ablate(plan, out=tmp_path / "out") == "interrupted"
+    own.write_text(text.read_text() + "one more line\n")
+    with pytest.raises(ConfigError, match=r"own.txt is not what it was when .* was begun"):
+        ablate(plan, out=tmp_path / "out")
+
+
 def test_retrofit_arms_train_what_they_say(text, a_base, tmp_path):
     arms = ("memory", "none", "continued", "bias", "lora")
     plan = a_plan(text, arms, base=str(a_base), train_from=2, tokens=256)
@@ -259,6 +271,7 @@ def test_a_directory_of_something_else_is_refused(text, tmp_path):
     [
         (["--draw", "--out", "{nothing}"], "holds no finished arm"),
         (["--draw", "--out", "x", "--tokens", "5"], "--tokens has no effect"),
+        (["--draw", "--out", "x", "--arms", "memory"], "--arms has no effect"),
         (["scratch:tiny", "--data", "x.txt", "--out", "x", "--rates", "lora"], "ARM=RATE"),
         (["scratch:tiny", "--data", "x.txt", "--out", "x", "--seeds", "a"], "whole numbers"),
         (["scratch:tiny", "--out", "x"], "needs text"),

@@ -17,9 +17,6 @@ _FINISHED, _INTERRUPTED = 0, 130
 def ablate_command(given: dict[str, Any]) -> int:
     """Train, measure and draw with the options given (None left out); return the exit code."""
     out = Path(given.pop("out"))
-    arms, seeds = given.pop("arms", None), given.pop("seeds", "0")
-    minutes, texts, rates = given.pop("minutes", None), given.pop("texts", None), given.pop("rates", None)
-    train_from, config_file = given.pop("train_from", None), given.pop("config", None)
     if given.pop("draw", False):
         extra = sorted(given)
         if extra:
@@ -27,6 +24,9 @@ def ablate_command(given: dict[str, Any]) -> int:
                 f"--draw reads the results in --out; --{extra[0].replace('_', '-')} has no effect."
             )
         return _draw(out)
+    arms, seeds = given.pop("arms", None), given.pop("seeds", "0")
+    minutes, texts, rates = given.pop("minutes", None), given.pop("texts", None), given.pop("rates", None)
+    train_from, config_file = given.pop("train_from", None), given.pop("config", None)
     options = {} if config_file is None else read_options(config_file)
     for name in ("layers", "orders"):
         if name in given:

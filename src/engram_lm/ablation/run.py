@@ -11,12 +11,9 @@ may be added later.
     state = ablate(Plan(...), out="runs/ablation")
 """
 
-import fcntl
 import json
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,25 +39,28 @@ def ablate(
     command: str = "",
 ) -> State:
     """Train and measure every arm of `plan` that has no result yet. minutes: stop after so long, with a checkpoint."""
+    from engram_lm.runs.run import alone_in
+
     out, progress, begin_s = Path(out), progress or Quiet(), time.perf_counter()
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; --out names a directory.")
     # a missing file is said before a model is loaded
-    for files in (list(plan.shared.data), *plan.texts.values()):
-        find_files(files)
+    files = _digests(plan)
     known = _common(out)
     if known is not None:
         _require_same(out, known["options"], plan)
+        _require_same_files(out, known.get("files", {}), files)
     elif out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
         raise CheckpointError(f"{out} is not empty and holds no ablation; name another --out.")
     sizes = Sizes.from_json(known["sizes"]) if known else sizes_of(plan.shared, train_from=plan.train_from)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out):
+    with alone_in(out, "ablate"):
         if known is None:
             common = {
                 "format": FORMAT,
                 "version": VERSION,
                 "options": plan.options(),
+                "files": files,
                 "sizes": sizes.to_json(),
             }
             write_whole(out / COMMON, json.dumps(common, indent=1) + "\n")
@@ -200,11 +200,18 @@ def _require_same(out: Path, before: dict[str, Any], plan: Plan) -> None:
             )
 
 
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    with open(out / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"Another engram-lm ablate is at work in {out}.") from None
-        yield
+def _digests(plan: Plan) -> dict[str, str]:
+    """sha256 of every file that arms are trained and measured on, by name."""
+    from engram_lm.eval.circumstances import described
+
+    every = [path for files in (list(plan.shared.data), *plan.texts.values()) for path in find_files(files)]
+    return {str(path): one["sha256"] for path, one in zip(every, described(every), strict=True)}
+
+
+def _require_same_files(out: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    for path, digest in now.items():
+        if before.get(path, digest) != digest:
+            raise ConfigError(
+                f"{path} is not what it was when {out} was begun. Arms of other text cannot be compared: put it back, or "
+                "name another --out."
+            )

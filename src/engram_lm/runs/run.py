@@ -90,7 +90,7 @@ def train(
     if begun:
         _require_same(out, begun, prepared)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out):
+    with alone_in(out, "train"):
         if earlier == "overwrite":
             _clear(out)
         facts = {
@@ -362,12 +362,13 @@ def _tokenising(progress: Progress) -> Any:
 
 
 @contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
+def alone_in(out: Path, command: str) -> Iterator[None]:
+    """No other `engram-lm COMMAND` works in a directory; the lock dies with its process."""
     with open(out / ".lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise CheckpointError(f"Another engram-lm train is at work in {out}.") from None
+            raise CheckpointError(f"Another engram-lm {command} is at work in {out}.") from None
         yield
 
 
