@@ -243,6 +243,7 @@ def test_fast_embedding_has_its_own_rate(text, tmp_path, monkeypatch):
         ({"arms": ("memory",), "mode": "all"}, ConfigError, "mode is what arms differ in"),
         ({"arms": ("memory",), "holdout": 0.0}, ConfigError, "Nothing would be measured"),
         ({"arms": ("memory",), "train_from": 2}, ConfigError, "no effect on a scratch base"),
+        ({"arms": ("memory",), "texts": {"held out": "x.txt"}}, ConfigError, "name the text otherwise"),
         ({"arms": ("memory",), "rates": {"lora": 1e-3}}, ConfigError, "got 'lora'"),
     ],
 )

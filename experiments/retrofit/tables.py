@@ -58,7 +58,7 @@ def trained(arms: Arms) -> str:
         if "steps" not in one:
             rows.append([NAMES[arm], "nothing", "", "", "", ""])
             continue
-        cpu = one["tokens"] / one["cpu_seconds_of_last_call"]
+        cpu = one["tokens"] / max(one["cpu_seconds_of_last_call"], 1.0)
         rows.append([
             NAMES[arm], counted(one["trained_parameters"]), f"{one['tables_mb']:.0f} MB" if one["tables_mb"] else "",
             f"{one['config']['learning_rate']:g}", f"{one['tokens']:,}", f"{cpu:.0f}",

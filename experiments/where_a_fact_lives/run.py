@@ -12,7 +12,6 @@ run goes on. All arms of seed 0 come first. One seed draws the book and the orde
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from machine import circumstances, peak_memory_bytes
 from surgery import operate
 
 from engram_lm.attachment import memories, save_memory
+from engram_lm.whole import write_whole
 from models import ARMS, SHAPES, account, build, describe
 
 # The best of the rates tried for arms without memory and with it: README.md, "Rates".
@@ -69,13 +69,6 @@ class Line:
     def end(self) -> None:
         if self.live:
             sys.stderr.write("\n")
-
-
-def write_whole(path: Path, told: dict[str, Any]) -> None:
-    """A file that is there is whole."""
-    beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(told, indent=1) + "\n", encoding="utf8")
-    os.replace(beside, path)
 
 
 def one_run(
@@ -191,7 +184,7 @@ def main() -> None:
         else:
             exposures = SIZES[size].exposures // 2 if kind == "tune" else None
             told = one_run(size, arm, seed, recipe, out=options.out, line=line, exposures=exposures)
-        write_whole(results / f"{name}.json", told)
+        write_whole(results / f"{name}.json", json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from book import BITS
 
+from engram_lm.eval.tables import table
 from models import ARMS
 
 Told = dict[str, Any]
@@ -34,11 +35,6 @@ def runs_of(told: dict[str, Told], arm: str) -> list[Told]:
     """The finished seeds of an arm, in order."""
     found = [one for name, one in told.items() if name.rpartition("-")[0] == arm]
     return sorted(found, key=lambda one: one["seed"])
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def each(values: list[str]) -> str:

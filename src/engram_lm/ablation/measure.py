@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engram_lm.ablation.plan import HELD_OUT
 from engram_lm.errors import DataError
 from engram_lm.runs.config import TrainConfig
 from engram_lm.train.corpus import tokenise
 from engram_lm.train.data import Blocks, pack
-
-HELD_OUT = "held out"
 
 
 class BlockLosses(NamedTuple):

@@ -30,6 +30,8 @@ RETROFIT_ARMS = (*MEMORY_ARMS, "none", "continued", "bias", "lora")
 
 # The recipe's own multiple for rows, and what it would do for the embedding that a model has anyway.
 EMBEDDING_RATE = 5.0
+# what results call the held-out side of the data
+HELD_OUT = "held out"
 # All weights of a trained model at a memory's rate would be forgotten in a few steps.
 CONTINUED_RATE = 0.1
 
@@ -72,6 +74,10 @@ class Plan:
             raise ConfigError("embedding_rate is what arms differ in; leave it out of the shared options.")
         if self.train_from is not None and not {"lora", "continued"} & set(known):
             raise ConfigError("train_from has no effect on a scratch base: everything is trained.")
+        if HELD_OUT in self.texts:
+            raise ConfigError(
+                f"{HELD_OUT!r} is what the data's own held-out side is called; name the text otherwise."
+            )
         if not self.shared.holdout and not self.texts:
             raise ConfigError("Nothing would be measured: give a holdout above 0, or name texts.")
 
