@@ -82,6 +82,11 @@ def perplexities(arms: Arms) -> str:
     return table(["arm", *(f"{name}" for name in TEXTS.values())], rows)
 
 
+def _state(found: Measured) -> str:
+    """ "none" for a model without rows, else "on"."""
+    return "none" if any(value.memory == "none" for value in found.values) else "on"
+
+
 def share(found: Measured, name: str, *, of: str, memory: str) -> str:
     one = found.value(name, of=of, memory=memory)
     ends = "" if one.interval is None else f" ({100 * one.interval[0]:.0f}–{100 * one.interval[1]:.0f})"
@@ -94,7 +99,7 @@ def facts(arms: Arms) -> str:
         found = measured(arm, "facts")
         if found is None:
             continue
-        base, state = found, "none" if arm == "none" else "on"
+        base, state = found, _state(found)
         rows.append([NAMES[arm], *_fact_cells(found, state)])
     if base is not None:
         rows.append(["the most common answer", *_fact_cells(base, "most common answer")])
@@ -135,7 +140,7 @@ def small_benchmarks(arms: Arms) -> str:
         found = measured(arm, "benchmarks")
         if found is None:
             continue
-        state = "none" if arm == "none" else "on"
+        state = _state(found)
         values = [value for value in found.values if value.memory == state and value.name == "acc"]
         names = [value.of for value in values]
         cells = [
