@@ -182,11 +182,10 @@ def retrofit_facts() -> dict[str, Any]:
     )
 
     def exposed(arm: str, state: str = "on") -> float:
-        return (
-            load(results / f"{arm}-0" / "canaries.json")
-            .value("exposure, bits", of="4 repeats", memory=state)
-            .value
-        )
+        found = load(results / f"{arm}-0" / "canaries.json")
+        if state not in found.settings["states"]:
+            state = "none"  # a model without rows
+        return found.value("exposure, bits", of="4 repeats", memory=state).value
 
     require(
         exposed("memory") > 2 * max(exposed("lora"), exposed("memory", "shuffled")), "secrets sit in the rows"
@@ -194,7 +193,7 @@ def retrofit_facts() -> dict[str, Any]:
     return {
         "retrofit": "\n".join(rows), "retrofit_tokens": tokens,
         **{f"{text}_{arm.replace('-', '_')}": value for (arm, text), value in at.items()},
-        "secret_memory": exposed("memory"), "secret_lora": exposed("lora"), "secret_none": exposed("none", "none"),
+        "secret_memory": exposed("memory"), "secret_lora": exposed("lora"), "secret_none": exposed("none"),
         "secret_shuffled": exposed("memory", "shuffled"),
     }  # fmt: skip
 

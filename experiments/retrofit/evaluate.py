@@ -25,7 +25,7 @@ MEASURES = ("facts", "canaries", "benchmarks")
 
 
 def states_of(arm: str, measure: str) -> tuple[str, ...]:
-    """Which states of the memory are measured. Off is the base, which the arm `none` is; LoRA and `continued` have no rows."""
+    """Which states of the memory are measured. Off is the base: the arm `none`. LoRA and `continued` have no rows."""
     if arm in ("none", "lora", "continued"):
         return ("none",)
     return ("on", "shuffled") if (arm, measure) == ("memory", "canaries") else ("on",)
