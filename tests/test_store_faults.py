@@ -437,6 +437,24 @@ def test_threads_share_a_store(tmp_path):
         store.verify()
 
 
+def test_an_add_goes_on_while_the_files_it_looks_ids_up_in_are_merged_away(tmp_path):
+    with Store.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
+        for i in range(3):
+            store.add([(f"d{i}", [1, 2, i])])
+
+        def documents():
+            yield "new", [4, 5]
+            store.merge()
+            yield "newer", [5, 6]
+            yield "d1", [7]
+
+        with pytest.raises(ConfigError, match="'d1' is in the tenant 'public' already"):
+            store.add(documents())
+        store.add([("new", [4, 5])])
+        assert {document.id for document in store.documents()} == {"d0", "d1", "d2", "new"}
+        store.verify()
+
+
 # ---- documents -----------------------------------------------------------------------------------------------------------
 
 

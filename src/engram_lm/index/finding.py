@@ -17,20 +17,25 @@ _SHARE = 64  # looking one up costs about as much as reading this many lines wit
 
 
 class Finder:
-    """Looks ids up one by one, until it has been asked so often that reading a segment's ids all at once is cheaper."""
+    """Looks ids up one by one, until it has been asked so often that reading a segment's ids all at once is cheaper.
+
+    It holds the segments: made while nothing changes, it may be asked while others commit and their files go.
+    """
 
     def __init__(self, opened: Opened, entries: Sequence[Entry]) -> None:
         self.entries = tuple(entries)
-        self._opened = opened
+        self._places = [
+            (entry, opened.segment(entry), opened.dead_documents(entry)) for entry in reversed(self.entries)
+        ]
         self._asked = 0
         self._numbers: dict[int, dict[str, int]] = {}
 
     def find(self, document_id: str) -> tuple[Entry, int] | None:
         """The segment of a live document and its number there."""
         self._asked += 1
-        for entry in reversed(self.entries):
-            number = self._number_of(entry, self._opened.segment(entry), document_id)
-            if number >= 0 and number not in self._opened.dead_documents(entry):
+        for entry, segment, dead in self._places:
+            number = self._number_of(entry, segment, document_id)
+            if number >= 0 and number not in dead:
                 return entry, number
         return None
 
