@@ -1,12 +1,14 @@
 """Segments of the index against counting by hand: every context, every order, every continuation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
-from engram_lm.index import plain, segment_file
+from engram_lm.index import Snapshot, View, plain, segment_file
 from engram_lm.index import segment as segment_module
 from engram_lm.index.segment import Document, Segment, sha256_of, write_segment
 
@@ -103,6 +105,7 @@ def test_a_file_gives_the_same_answers(saved):
     context = segment.document_tokens(2)[100:120]
     assert np.array_equal(opened.match(context).low, segment.match(context).low)
     assert [path.name] == [file.name for file in path.parent.iterdir()]
+    assert path.read_bytes() == segment.to_bytes().tobytes()
 
 
 def test_every_flipped_byte_is_refused(saved):
@@ -112,7 +115,7 @@ def test_every_flipped_byte_is_refused(saved):
     assert len(data) == facts.file_bytes
     places = list(facts.places())
     inside = {place for _, at, n_bytes in places for place in range(at, at + n_bytes, 97)}
-    for place in sorted({*range(0, 312, 3), *inside}):
+    for place in sorted({*range(0, 328, 3), *inside}):
         flipped = bytearray(data)
         flipped[place] ^= 1
         path.write_bytes(flipped)
@@ -122,6 +125,27 @@ def test_every_flipped_byte_is_refused(saved):
         path.write_bytes(data[:size].ljust(size, b"\0"))
         with pytest.raises(CheckpointError):
             Segment.open(path)
+
+
+def test_a_file_of_version_1_gives_the_same_answers(saved):
+    """It has no `before`, and all else."""
+    segment, path = saved
+    data = path.read_bytes()
+    facts, _ = segment_file.read(path, verify="all")
+    older = replace(facts, rows=facts.rows[:-1])
+    whole = bytearray(older.file_bytes)
+    whole[: len(older.to_bytes())] = older.to_bytes()
+    for (_, to, n_bytes), (_, at, _) in zip(older.places(), facts.places(), strict=False):
+        whole[to : to + n_bytes] = data[at : at + n_bytes]
+    assert whole[8:16] == bytes([1, 0, 0, 0, 17, 0, 0, 0])
+    path.write_bytes(whole)
+    opened = Segment.open(path, verify="all")
+    assert len(opened.arrays["before"]) == 0 < len(segment.arrays["before"])
+    context = segment.document_tokens(2)[100:120]
+    wanted = Snapshot([View(segment)], vocab_size=40).match(context)
+    assert np.array_equal(Snapshot([View(opened)], vocab_size=40).match(context).low_SD, wanted.low_SD)
+    opened.save(path)
+    opened.verify()
 
 
 # ---- hostile files: every checksum is right, the numbers are not -----------------------------------------------------------
@@ -140,7 +164,7 @@ HOSTILE = [
     ("first_token", 3, 2), ("first_at", 4, 0), ("first_at", -1, 1606), ("node_low", 2, 1606), ("node_high", 2, 1607),
     ("node_at", 0, 1), ("node_at", 3, 2**31), ("node_at", -1, 2**31), ("node_token", 0, 41), ("document_at", 0, 1),
     ("document_at", 1, 0), ("document_at", -1, 1607), ("document_line", 1, 2**63), ("document_line", -1, 3),
-    ("document_by_id", 1, 3), ("tokens", 700, 0), ("tokens", 12, 40),
+    ("document_by_id", 1, 3), ("tokens", 700, 0), ("tokens", 12, 40), ("before", 3, 41),
 ]  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
 from engram_lm.index import plain, views
+from engram_lm.index import segment as segment_module
 from engram_lm.index import snapshot as snapshot_module
 from engram_lm.index.segment import Document, Segment
 from engram_lm.index.snapshot import Snapshot, View, dead_ranks
@@ -59,7 +60,12 @@ def memories(draw, max_documents=9):
     deleted = draw(st.sets(st.integers(0, len(documents) - 1), max_size=4))
     nodes = draw(st.sampled_from([(1, 1), (3, 2), (9, 2), (1024, 256)]))
     # segments up to this size are walked side by side where they are many, the others by themselves
-    with mock.patch.object(views, "_SMALL", draw(st.sampled_from([2**18, 8, -1]))):
+    small, stride = draw(st.sampled_from([2**18, 8, -1])), draw(st.sampled_from([1, 2, 4, 32]))
+    with (
+        mock.patch.object(views, "_SMALL", small),
+        mock.patch.object(views, "STRIDE", stride),
+        mock.patch.object(segment_module, "STRIDE", stride),
+    ):
         return Memory(segments, deleted, nodes=nodes), documents
 
 

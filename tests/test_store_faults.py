@@ -52,7 +52,7 @@ def require_whole_after_deaths(root):
 
 
 def test_death_at_some_system_calls_loses_nothing_acknowledged(tmp_path):
-    support("points", tmp_path, 12)
+    support("points", tmp_path, 5)
     require_whole_after_deaths(tmp_path)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from engram_lm.errors import CheckpointError
 
 
-def write_synced(path: Path, data: bytes) -> int:
+def write_synced(path: Path, data: bytes | memoryview) -> int:
     """A new file with its content on disk; returns it open to read. CheckpointError, and no file, where that fails."""
     try:
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)

@@ -20,11 +20,13 @@ import numpy as np
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
 from engram_lm.index.segment_file import (
     SECTIONS,
+    STRIDE,
     SegmentFile,
     Sync,
     Verify,
     read,
     require_checksums,
+    to_bytes,
     token_dtype,
     wrong_inside,
 )
@@ -253,6 +255,7 @@ class Segment:
         arrays = {
             "tokens": tokens_N, "order": order_N, "next": next_N, **occurring(first_V), **nodes, **facts,
             "tokenizer": np.frombuffer(tokenizer.encode(), np.uint8),
+            "before": tokens_before(tokens_N, order_N[::STRIDE], end=vocab_size),
         }  # fmt: skip
         return cls(arrays, vocab_size=vocab_size, heavy=heavy, wide=wide)
 
@@ -282,6 +285,10 @@ class Segment:
                 file.put(name, self.arrays[name])
             file.finish(heavy=self.heavy, sync=sync)
         return Path(path)
+
+    def to_bytes(self) -> np.ndarray:
+        """The file that `save` would write, uint8."""
+        return to_bytes(self.arrays, vocab_size=self.vocab_size, heavy=self.heavy, wide=self.wide)
 
     @classmethod
     def open(cls, path: str | os.PathLike, *, verify: Verify = "small") -> "Segment":
@@ -327,10 +334,12 @@ def write_segment(
         file.put("order", order_N)
         file.put("next", (gather(tokens_N, order_N[i : i + _PART]) for i in range(0, len(order_N), _PART)))
         node_H2 = wide_intervals(tokens_N, order_N, end=vocab_size, wide=wide, most_order=MAX_ORDER)
+        before = tokens_before(tokens_N, order_N[::STRIDE], end=vocab_size)
         del tokens_N, order_N
         heavy, nodes = nodes_of(node_H2, file.section("next"), end=vocab_size, heavy=heavy)
         text = np.frombuffer(tokenizer.encode(), np.uint8)
-        for name, array in {**occurring(first_V), **nodes, **facts, "tokenizer": text}.items():
+        facts |= {"tokenizer": text, "before": before}
+        for name, array in {**occurring(first_V), **nodes, **facts}.items():
             file.put(name, array)
         file.finish(heavy=heavy, sync=sync)
     return Segment.open(path, verify="none")
@@ -404,6 +413,14 @@ def _gather(
         "document_sha256": np.frombuffer(hashes, np.uint8),
         "documents": np.frombuffer(lines, np.uint8),
     }
+
+
+def tokens_before(tokens_N: np.ndarray, position_I: np.ndarray, *, end: int) -> np.ndarray:
+    """The token two before each position, END where its document has not begun by then."""
+    at_I = position_I.astype(np.int64)
+    # a position comes from a file that may not have been verified
+    none_I = (at_I < 2) | (tokens_N.take(at_I - 1, mode="clip") == end)
+    return np.where(none_I, tokens_N.dtype.type(end), tokens_N.take(at_I - 2, mode="clip"))
 
 
 def occurring(first_V: np.ndarray) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@
     facts, arrays = read(path, verify="small")
 
 A section is what its place in `SECTIONS` says; a file says only how many bytes each has. Letters: N positions, F last tokens
-that occur, H nodes, C their continuations, D documents.
+that occur, H nodes, C their continuations, D documents. Version 1 had all sections but the last, and is read as well.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from engram_lm.errors import CheckpointError
 from engram_lm.kernels import checks
 
 MAGIC = b"\x89ENGS\r\n\x1a"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 64
 SMALL_BYTES = 2**20  # files up to this are read and checked as a whole when they are opened
 # "t": as tokens
@@ -35,15 +35,17 @@ SECTIONS = {
     "tokens": "t", "order": "u4", "next": "t", "first_token": "t", "first_at": "u4",
     "node_low": "u4", "node_high": "u4", "node_distinct": "u4", "node_at": "u4", "node_token": "t", "node_count": "u4",
     "document_at": "u4", "document_line": "u8", "document_by_id": "u4", "document_sha256": "u1", "documents": "u1",
-    "tokenizer": "u1",
+    "tokenizer": "u1", "before": "t",
 }  # fmt: skip
+_N_SECTIONS = {1: len(SECTIONS) - 1, VERSION: len(SECTIONS)}
+STRIDE = 32  # ranks from one number of `before` to the next
 
 Verify = Literal["small", "all", "none"]
 Sync = Literal["all", "file", "none"]
 
 _START = struct.Struct("<8sIIQIIII")
 _ROW = struct.Struct("<QQ")
-_HEADER = _START.size + _ROW.size * len(SECTIONS)
+_LONGEST_HEADER = _START.size + _ROW.size * len(SECTIONS)
 _HASHED_FROM = 24
 
 
@@ -60,18 +62,24 @@ class Facts:
         rows = b"".join(_ROW.pack(*row) for row in self.rows)
         rest = _START.pack(b"", 0, 0, 0, self.vocab_size, self.heavy, self.wide, 0)[_HASHED_FROM:] + rows
         checksum = _xxh64(np.frombuffer(rest, np.uint8))
-        return _START.pack(MAGIC, VERSION, len(self.rows), checksum, 0, 0, 0, 0)[:_HASHED_FROM] + rest
+        version = next(version for version, n in _N_SECTIONS.items() if n == len(self.rows))
+        return _START.pack(MAGIC, version, len(self.rows), checksum, 0, 0, 0, 0)[:_HASHED_FROM] + rest
+
+    @property
+    def first_byte(self) -> int:
+        """Of the first section."""
+        return _aligned(_START.size + _ROW.size * len(self.rows))
 
     def places(self) -> Iterator[tuple[str, int, int]]:
         """Name, first byte and bytes of every section."""
-        at = _aligned(_HEADER)
-        for name, (n_bytes, _) in zip(SECTIONS, self.rows, strict=True):
+        at = self.first_byte
+        for name, (n_bytes, _) in zip(SECTIONS, self.rows, strict=False):
             yield name, at, n_bytes
             at += _aligned(n_bytes)
 
     @property
     def file_bytes(self) -> int:
-        return _aligned(_HEADER) + sum(_aligned(n_bytes) for n_bytes, _ in self.rows)
+        return self.first_byte + sum(_aligned(n_bytes) for n_bytes, _ in self.rows)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -94,6 +102,22 @@ def _xxh64(data: np.ndarray) -> int:
 # ---- writing ----------------------------------------------------------------------------------------------------------
 
 
+def to_bytes(arrays: dict[str, np.ndarray], *, vocab_size: int, heavy: int, wide: int) -> np.ndarray:
+    """The whole file of these sections, uint8: for small ones, where eighteen writes cost more than a copy."""
+    parts = {
+        name: np.ascontiguousarray(arrays[name], _dtype(name, vocab_size)).reshape(-1).view(np.uint8)
+        for name in SECTIONS
+    }
+    rows = tuple((len(part), _xxh64(part)) for part in parts.values())
+    facts = Facts(vocab_size=vocab_size, heavy=heavy, wide=wide, rows=rows)
+    header = np.frombuffer(facts.to_bytes(), np.uint8)
+    data = np.zeros(facts.file_bytes, np.uint8)
+    data[: len(header)] = header
+    for name, at, n_bytes in facts.places():
+        data[at : at + n_bytes] = parts[name]
+    return data
+
+
 class SegmentFile:
     """A segment being written beside its target. CheckpointError for what the system refuses."""
 
@@ -101,7 +125,7 @@ class SegmentFile:
         self.path, self._file, self._beside = path, file, beside
         self._vocab_size, self._wide = vocab_size, wide
         self._rows: list[tuple[int, int | None]] = []
-        self._at = _aligned(_HEADER)
+        self._at = _aligned(_LONGEST_HEADER)
         self._done = False
 
     @classmethod
@@ -138,7 +162,7 @@ class SegmentFile:
     def section(self, name: str) -> np.ndarray:
         """A section that was put, mapped from the file."""
         i = list(SECTIONS).index(name)
-        at = _aligned(_HEADER) + sum(_aligned(n_bytes) for n_bytes, _ in self._rows[:i])
+        at = _aligned(_LONGEST_HEADER) + sum(_aligned(n_bytes) for n_bytes, _ in self._rows[:i])
         return self._mapped(at, self._rows[i][0]).view(_dtype(name, self._vocab_size))
 
     def finish(self, *, heavy: int, sync: Sync) -> None:
@@ -209,7 +233,7 @@ def read(path: Path, *, verify: Verify) -> tuple[Facts, dict[str, np.ndarray]]:
         raise CheckpointError(f"{path} is missing.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from None
-    facts = _read_facts(path, data[:_HEADER].tobytes())
+    facts = _read_facts(path, data[:_LONGEST_HEADER].tobytes())
     if facts.file_bytes != len(data):
         raise CheckpointError(
             f"{path} is damaged: it has {len(data):,} bytes; its header says {facts.file_bytes:,}."
@@ -220,6 +244,7 @@ def read(path: Path, *, verify: Verify) -> tuple[Facts, dict[str, np.ndarray]]:
         if n_bytes % dtype.itemsize:
             raise CheckpointError(f"{path} is damaged: {n_bytes:,} bytes are no whole {name}.")
         arrays[name] = data[at : at + n_bytes].view(dtype)
+    arrays.setdefault("before", np.empty(0, token_dtype(facts.vocab_size)))
     everything = verify == "all" or (verify == "small" and small)
     if everything:
         require_checksums(path, facts, arrays)
@@ -233,24 +258,28 @@ def _read_facts(path: Path, header: bytes) -> Facts:
     if len(header) < _START.size or header[:8] != MAGIC:
         raise CheckpointError(f"{path} is no segment (it begins with {header[:8]!r}).")
     _, version, n_sections, wanted, vocab_size, heavy, wide, zero = _START.unpack_from(header)
-    if version != VERSION:
+    if version not in _N_SECTIONS:
         raise CheckpointError(
-            f"{path} is a segment of version {version}; this build reads version {VERSION}."
+            f"{path} is a segment of version {version}; this build reads version {VERSION} and before."
         )
-    if len(header) < _HEADER or _xxh64(np.frombuffer(header[_HASHED_FROM:], np.uint8)) != wanted:
+    size = _START.size + _ROW.size * _N_SECTIONS[version]
+    if len(header) < size or _xxh64(np.frombuffer(header[_HASHED_FROM:size], np.uint8)) != wanted:
         raise CheckpointError(f"{path} has a damaged header: its checksum is wrong.")
-    if n_sections != len(SECTIONS) or zero or not 1 <= vocab_size < 2**32 - 1 or not wide <= heavy:
+    if n_sections != _N_SECTIONS[version] or zero or not 1 <= vocab_size < 2**32 - 1 or not wide <= heavy:
         raise CheckpointError(
             f"{path} is damaged: its header has {n_sections} sections, vocabulary {vocab_size:,}."
         )
     return Facts(
-        vocab_size=vocab_size, heavy=heavy, wide=wide, rows=tuple(_ROW.iter_unpack(header[_START.size :]))
+        vocab_size=vocab_size,
+        heavy=heavy,
+        wide=wide,
+        rows=tuple(_ROW.iter_unpack(header[_START.size : size])),
     )
 
 
 def require_checksums(path: Path, facts: Facts, arrays: dict[str, np.ndarray]) -> None:
     """CheckpointError names the first section whose checksum is wrong."""
-    for name, (_, wanted) in zip(SECTIONS, facts.rows, strict=True):
+    for name, (_, wanted) in zip(SECTIONS, facts.rows, strict=False):
         if _xxh64(arrays[name]) != wanted:
             raise CheckpointError(f"{path}: the section {name} is damaged: its checksum is wrong.")
 
@@ -265,6 +294,8 @@ def _wrong(arrays: dict[str, np.ndarray], V: int) -> str | None:
         "order": N, "next": N, "first_at": len(arrays["first_token"]), "node_high": H, "node_distinct": H, "node_at": H + 1,
         "node_count": C, "document_line": D + 1, "document_by_id": D, "document_sha256": 32 * D,
     }  # fmt: skip
+    if len(arrays["before"]):
+        wanted["before"] = -(-N // STRIDE)
     for name, count in wanted.items():
         if len(arrays[name]) != count:
             return f"the section {name} has {len(arrays[name]):,} numbers, not {count:,}"
@@ -294,8 +325,8 @@ def _wrong(arrays: dict[str, np.ndarray], V: int) -> str | None:
 def wrong_inside(arrays: dict[str, np.ndarray], V: int) -> str | None:
     """What is wrong with the sections that have a number a token, if anything."""
     N = len(arrays["tokens"])
-    for name, most in {"tokens": V, "order": N - 1, "next": V}.items():
-        if N and arrays[name].max() > most:
+    for name, most in {"tokens": V, "order": N - 1, "next": V, "before": V}.items():
+        if len(arrays[name]) and arrays[name].max() > most:
             return f"the section {name} points outside"
     if (arrays["tokens"][arrays["document_at"][1:] - 1] != V).any() or (arrays["tokens"] == V).sum() != len(
         arrays["document_at"]

@@ -14,7 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.index.segment import MAX_ORDER, Segment
+from engram_lm.index.segment import MAX_ORDER, Segment, tokens_before
+from engram_lm.index.segment_file import STRIDE
 from engram_lm.kernels import walks
 from engram_lm.kernels.counting import BLOCK_TOKENS
 
@@ -194,11 +195,13 @@ class _Facts:
             self.arrays[walks.NODE_LOW], np.arange(0, N + walks.NODE_RANKS, walks.NODE_RANKS, np.uint32)
         )
         self.arrays[walks.NODE_FROM] = from_B.astype(np.uint32)
-        if N <= _SMALL:
-            at_N = self.arrays[walks.ORDER][:N].astype(np.int64) - 2
-            known = (at_N >= 0) & (at_N < N)
-            before_N = self.arrays[walks.TOKENS][:N][np.where(known, at_N, 0)]
-            self.arrays[walks.BEFORE] = np.append(np.where(known, before_N, token(end)), token(end))
+        # all of a small segment, so that many of them are searched side by side
+        small = N <= _SMALL
+        before = segment.arrays["before"]
+        if small:
+            before = tokens_before(self.arrays[walks.TOKENS][:N], self.arrays[walks.ORDER][:N], end=end)
+        if small or len(before) == -(-N // STRIDE):
+            self.arrays[walks.BEFORE] = np.ascontiguousarray(before, token)
         self.row = np.zeros(walks.ROW, np.int64)
         for at, array in self.arrays.items():
             self.row[at] = _address(array)
@@ -207,6 +210,7 @@ class _Facts:
             min(size["node_low"], size["node_high"], size["node_at"] - 1, size["node_distinct"]), 0
         )
         self.row[walks.N_COUNTS] = min(size["node_token"], size["node_count"])
+        self.row[walks.STRIDE] = 0 if small else STRIDE.bit_length() - 1
         self.row[walks.FOUR], self.row[walks.OVER], self.row[walks.END] = four, segment.wide, end
         self._lines, self._end = segment.arrays["documents"], end
         self._unigrams: np.ndarray | None = None

@@ -24,6 +24,7 @@ from engram_lm.index.locking import WriterLock
 from engram_lm.index.manifest import (
     MANIFEST,
     MOST_BYTES,
+    SEALED,
     Entry,
     Manifest,
     Mask,
@@ -247,11 +248,17 @@ class Writer:
         files.paths.append(path)
         if sum(len(tokens) for _, tokens in pairs) > IN_MEMORY_TOKENS:
             segment = write_segment(path, pairs, **facts, sync="file")
+            entry = sealed(path, number, segment)
         else:
             documents, lists = [document for document, _ in pairs], [tokens for _, tokens in pairs]
             segment = Segment.build(lists, documents=documents, **facts)
-            segment.save(path, sync="file")
-        entry = sealed(path, number, segment)
+            data = segment.to_bytes()
+            # nobody knows of the number before the manifest names it: no other name first
+            os.close(durable.write_synced(path, data.data))
+            entry = Entry(
+                number=number, tokens=len(segment), documents=segment.n_documents, bytes=len(data),
+                seal=seal(data[:SEALED].tobytes()),
+            )  # fmt: skip
         self.opened.keep_segment(entry, segment)
         return entry
 

@@ -37,9 +37,9 @@ FOUR, OVER, CAP, END = 22, 23, 24, 25
 # where sources reach over several segments: the address of each document's number among all of the snapshot's sources, how
 # many there are, and what tells this snapshot's way of counting from others
 SHARED, N_SOURCES, SERIAL = 26, 27, 28
-# of a small segment, worked out by a reader: the token two before each position, by rank, for `walk_two`
-BEFORE = 29
-ROW = 30
+# the token two before the positions of every 2**STRIDE-th rank
+BEFORE, STRIDE = 29, 30
+ROW = 31
 NODE_RANKS = 4096
 _RANKS_AT_ONCE = 1024
 _SIDE_BY_SIDE = 4  # segments that are searched side by side
@@ -70,6 +70,18 @@ def _back(table_SF, s, rank, depth, end):
 
 
 @njit(nogil=True, cache=True)
+def _bound(table_SF, s, a, b, depth, least, end):
+    """The first rank of [a, b) with a token of `least` or more before it, or b."""
+    while a < b:
+        middle = (a + b) >> 1
+        if _back(table_SF, s, middle, depth, end) < least:
+            a = middle + 1
+        else:
+            b = middle
+    return a
+
+
+@njit(nogil=True, cache=True)
 def narrow(table_SF, s, low, high, depth, token, end):
     """The part of an interval of `depth` tokens in which `token` stands before them: (low, high), empty where none does.
 
@@ -85,21 +97,38 @@ def narrow(table_SF, s, low, high, depth, token, end):
             b = middle
         else:
             # one of them: its beginning lies in [a, middle], its end in (middle, b]
-            start, top, c = a, middle, middle + 1
-            while start < top:
-                half = (start + top) >> 1
-                if _back(table_SF, s, half, depth, end) < token:
-                    start = half + 1
-                else:
-                    top = half
-            while c < b:
-                half = (c + b) >> 1
-                if _back(table_SF, s, half, depth, end) <= token:
-                    c = half + 1
-                else:
-                    b = half
-            return start, c
+            start = _bound(table_SF, s, a, middle, depth, token, end)
+            return start, _bound(table_SF, s, middle + 1, b, depth, token + 1, end)
     return a, a
+
+
+@njit(nogil=True, cache=True)
+def _sample_bound(table_SF, s, a, b, least, end):
+    """`_bound` among the sampled ranks."""
+    while a < b:
+        middle = (a + b) >> 1
+        here = token_at(table_SF, s, BEFORE, middle)
+        less = (here < least) | (here >= end)
+        a, b = middle + 1 if less else a, b if less else middle
+    return a
+
+
+@njit(nogil=True, cache=True)
+def narrow_two(table_SF, s, low, high, token, end):
+    """`narrow` of the interval of one token: the sampled ranks, which are near, say between which ranks to look."""
+    if table_SF[s, BEFORE] == 0 or high - low <= 1 << table_SF[s, STRIDE]:
+        return narrow(table_SF, s, low, high, 1, token, end)
+    k = table_SF[s, STRIDE]
+    # samples i of the interval: low <= i << k < high
+    first, last = (low + (1 << k) - 1) >> k, ((high - 1) >> k) + 1
+    begin = _sample_bound(table_SF, s, first, last, token, end)
+    stop = _sample_bound(table_SF, s, begin, last, token + 1, end)
+    below = ((begin - 1) << k) + 1 if begin > first else low
+    above = stop << k if stop < last else high
+    if begin == stop:
+        return narrow(table_SF, s, below, above, 1, token, end)
+    start = _bound(table_SF, s, below, begin << k, 1, token, end)
+    return start, _bound(table_SF, s, ((stop - 1) << k) + 1, above, 1, token + 1, end)
 
 
 @njit(nogil=True, cache=True)
@@ -119,6 +148,8 @@ def walk_one(table_SF, s, context_K, n, most, end, low_D, high_D, known):
         elif depth == 0:
             low, high = number_at(table_SF, s, FIRST, token), number_at(table_SF, s, FIRST, token + 1)
             high = min(high, N)
+        elif depth == 1:
+            low, high = narrow_two(table_SF, s, low_D[1], high_D[1], token, end)
         else:
             low, high = narrow(table_SF, s, low_D[depth], high_D[depth], depth, token, end)
         if low >= high:
@@ -170,7 +201,7 @@ def walk_two(table_SF, context_K, n, most, end, low_SD, high_SD):
         going = False
         for s in range(table_SF.shape[0]):
             a, b = low_SD[s, 2], high_SD[s, 2]
-            if a < b and table_SF[s, BEFORE] != 0:
+            if a < b and table_SF[s, BEFORE] != 0 and table_SF[s, STRIDE] == 0:
                 middle = (a + b) >> 1
                 here = token_at(table_SF, s, BEFORE, middle)
                 less = (here < token) | (here >= end)
@@ -179,7 +210,10 @@ def walk_two(table_SF, context_K, n, most, end, low_SD, high_SD):
                 going = True
     for s in range(table_SF.shape[0]):
         a, high = low_SD[s, 2], high_SD[s, 1]
-        if a < high and (table_SF[s, BEFORE] == 0 or token_at(table_SF, s, BEFORE, a) == token):
+        whole = table_SF[s, BEFORE] != 0 and table_SF[s, STRIDE] == 0
+        if a < high and not whole:
+            low_SD[s, 2], high_SD[s, 2] = narrow_two(table_SF, s, a, high, token, end)
+        elif a < high and token_at(table_SF, s, BEFORE, a) == token:
             low_SD[s, 2], high_SD[s, 2] = narrow(table_SF, s, a, high, 1, token, end)
     return 2
 
