@@ -35,6 +35,7 @@ from models import ARMS, SHAPES, account, build, describe
 RECIPES = {
     "quick": Recipe(rate=4e-3, batch=32),
     "small": Recipe(rate=4e-3, batch=64),
+    "crowded": Recipe(rate=4e-3, batch=64),
     "cpu": Recipe(rate=4e-3, batch=64),
     "full": Recipe(rate=1e-3, batch=1024),
 }
@@ -136,6 +137,7 @@ def main() -> None:
         "--tune", action="store_true", help="rates on a book of its own, half of the exposures"
     )
     parser.add_argument("--rates", nargs="+", type=float, default=list(TUNED_RATES), help="that --tune tries")
+    parser.add_argument("--no-surgery", action="store_true", help="train and ask, operate on nothing")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     size = "quick" if options.quick else options.size
@@ -157,7 +159,7 @@ def main() -> None:
             work += [
                 (f"{size}-surgery-{arm}-{seed}", ("surgery", arm, seed, None))
                 for arm in OPERATED
-                if arm in options.arms
+                if arm in options.arms and not options.no_surgery
             ]
     left = []
     for name, (kind, arm, seed, recipe) in work:
