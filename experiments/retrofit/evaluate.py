@@ -2,7 +2,7 @@
 
     python experiments/retrofit/evaluate.py --arms OUT/arms --text OUT/text --data DATA --out OUT/eval
 
-OUT/eval/ARM-SEED holds one file a measure. Stopped, the same command goes on; arms that are finished later are measured by it.
+OUT/eval/ARM-SEED holds one file a measure. The same command goes on after a stop, and measures arms that came later.
 """
 
 import argparse
