@@ -3,12 +3,12 @@
     python experiments/retrofit/tables.py                       # redraw
     python experiments/retrofit/tables.py --from OUT            # take the results of a run first, then redraw
 
-results/ARM-SEED.json is what `engram-lm ablate` wrote, results/ARM-SEED/MEASURE.json what evaluate.py wrote.
+results/ARM-SEED.json is what `engram-lm ablate` wrote, results/ARM-SEED/MEASURE.json what `engram-lm eval` wrote.
 """
 
 import argparse
 import json
-import shutil
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,10 @@ def take(source: Path) -> None:
         write_whole(RESULTS / path.name, json.dumps(data, indent=None) + "\n")
     for path in sorted((source / "eval").glob("*/*.json")):
         (RESULTS / path.parent.name).mkdir(exist_ok=True)
-        shutil.copy(path, RESULTS / path.parent.name / path.name)
+        text = path.read_text(encoding="utf8").replace(f"{source}/", "OUT/")
+        # other files by their names
+        text = re.sub(r'(?<=[ "])/[^ "]+/([^/ "]+)', r"DATA/\1", text)
+        write_whole(RESULTS / path.parent.name / path.name, text)
 
 
 def read_arms() -> Arms:
