@@ -22,6 +22,7 @@ from engram_lm.ablation.run import ablate, read_results  # noqa: E402
 from engram_lm.ablation.sizes import sizes_of  # noqa: E402
 from engram_lm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
 from engram_lm.runs import run as train_module  # noqa: E402
+from engram_lm.runs.trainer import MemoryTrainer  # noqa: E402
 from engram_lm.train.data import Blocks  # noqa: E402
 from runs_support import TINY, tiny_config, write_text  # noqa: E402
 
@@ -216,7 +217,7 @@ def test_scratch_sizes_and_arms(text):
 
 def test_fast_embedding_has_its_own_rate(text, tmp_path, monkeypatch):
     groups = []
-    own = train_module.MemoryTrainer.create_optimizer
+    own = MemoryTrainer.create_optimizer
 
     def noted(self, model=None):
         optimizer = own(self, model)
@@ -225,7 +226,7 @@ def test_fast_embedding_has_its_own_rate(text, tmp_path, monkeypatch):
         )
         return optimizer
 
-    monkeypatch.setattr(train_module.MemoryTrainer, "create_optimizer", noted)
+    monkeypatch.setattr(MemoryTrainer, "create_optimizer", noted)
     plan = a_plan(text, ("fast-embedding",), weight_decay=0.1, tokens=128)
     assert ablate(plan, out=tmp_path / "out") == "finished"
     fast = [group for group in groups if group[0] == pytest.approx(5 * 3e-3)]

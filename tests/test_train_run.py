@@ -69,14 +69,14 @@ def cut_at(monkeypatch):
     """Makes the next run end at a step, without a word and after the checkpoint of that step if one is due."""
 
     def cut_at(step):
-        original = run_module._Conductor.on_step_begin
+        original = run_module.Conductor.on_step_begin
 
         def on_step_begin(self, args, state, control, **more):
             if state.global_step == step:
-                monkeypatch.setattr(run_module._Conductor, "on_step_begin", original, raising=False)
+                monkeypatch.setattr(run_module.Conductor, "on_step_begin", original, raising=False)
                 raise Cut
 
-        monkeypatch.setattr(run_module._Conductor, "on_step_begin", on_step_begin, raising=False)
+        monkeypatch.setattr(run_module.Conductor, "on_step_begin", on_step_begin, raising=False)
 
     return cut_at
 
@@ -144,7 +144,7 @@ def test_the_memory_loads_and_is_the_one_that_was_measured(finished, text):
     out, outcome = finished
     model = engram_lm.from_pretrained(out)
     assert model.config.use_cache
-    prepared = run_module._prepare(tiny_config(text), None, run_module.Quiet())
+    prepared = run_module.prepare(tiny_config(text), None, run_module.Quiet())
     loss = held_out_loss(model, prepared.held_out, batch_size=4)
     assert loss == pytest.approx(outcome.results["loss_on"], rel=1e-6)
     off = held_out_loss(model, prepared.held_out, batch_size=4, memory="off")
@@ -218,14 +218,14 @@ def test_out_of_time_leaves_a_memory_and_goes_on(finished, text, tmp_path, monke
 
 
 def test_interrupt_saves_a_checkpoint_and_goes_on(finished, text, tmp_path, monkeypatch):
-    step_end = run_module._Conductor.on_step_end
+    step_end = run_module.Conductor.on_step_end
 
     def interrupted(self, args, state, control, **more):
         if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGINT)
         step_end(self, args, state, control, **more)
 
-    monkeypatch.setattr(run_module._Conductor, "on_step_end", interrupted)
+    monkeypatch.setattr(run_module.Conductor, "on_step_end", interrupted)
     outcome = train(tiny_config(text), out=tmp_path)
     assert (outcome.state, outcome.step) == ("interrupted", 5)
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-5"
@@ -395,11 +395,11 @@ from engram_lm.runs import run, trainer
 where, at = sys.argv[1], int(sys.argv[2])
 def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if where == "step":
-    original = run._Conductor.on_step_end
+    original = run.Conductor.on_step_end
     def on_step_end(self, args, state, control, **more):
         original(self, args, state, control, **more)
         if state.global_step == at: kill()
-    run._Conductor.on_step_end = on_step_end
+    run.Conductor.on_step_end = on_step_end
 elif where == "checkpoint":
     original = trainer.mark_whole
     trainer.mark_whole = lambda directory, step: kill() if step == at else original(directory, step=step)
@@ -426,14 +426,14 @@ def test_a_killed_process_loses_the_steps_since_the_last_checkpoint_at_most(
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     begun_again = []
-    step_begin = run_module._Conductor.on_train_begin
+    step_begin = run_module.Conductor.on_train_begin
 
     def on_train_begin(self, args, state, control, **more):
         begun_again.append(state.global_step)
         step_begin(self, args, state, control, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module._Conductor, "on_train_begin", on_train_begin)
+        patch.setattr(run_module.Conductor, "on_train_begin", on_train_begin)
         train(tiny_config(text), out=out)
     assert begun_again == [{("step", 3): 0, ("step", 9): 8, ("checkpoint", 8): 4, ("end", 0): 12}[where, at]]
     assert_same_run(finished[0], out)
