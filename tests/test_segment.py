@@ -179,6 +179,16 @@ def test_a_hostile_number_is_refused(saved, name, place, number):
         Segment.open(path)
 
 
+def test_verify_compares_what_stands_before_with_the_tokens(saved):
+    segment, path = saved
+    before = np.sort(segment.arrays["before"])
+    forged(path, segment, before=before)
+    with pytest.raises(CheckpointError, match="the section before is not what stands before"):
+        Segment.open(path, verify="all")
+    forged(path, segment, before=before[:0])
+    assert Segment.open(path, verify="all").match([3, 3]).depth == segment.match([3, 3]).depth
+
+
 def test_sections_of_a_wrong_length_are_refused(saved):
     segment, path = saved
     for name in set(segment_file.SECTIONS) - {"tokenizer", "tokens", "node_token", "documents"}:

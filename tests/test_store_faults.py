@@ -455,6 +455,16 @@ def test_an_add_goes_on_while_the_files_it_looks_ids_up_in_are_merged_away(tmp_p
         store.verify()
 
 
+def test_a_file_of_the_next_number_is_not_cut_short(store):
+    """A reader may have mapped it, where the directory was put back from a backup: it would die of a bus error."""
+    path = store.directory / f"{store._writer._next:012d}.segment"
+    path.write_bytes(b"somebody's")
+    with path.open("rb") as file:
+        with pytest.raises(CheckpointError, match="cannot be written: File exists"):
+            store.add([("new", [1, 2])])
+        assert file.read() == b"somebody's"
+
+
 # ---- documents -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from engram_lm.index.segment import Segment
 from engram_lm.index.snapshot import Snapshot, View
 
 SEEDS, EACH, VOCAB = 2, 60, 500
-LARGE = ("tokens", "order", "next")
+LARGE = ("tokens", "order", "next", "before")
 
 
 def hostile_segments():
@@ -41,7 +41,7 @@ def hostile_segments():
 
 def one_seed(kind, seed):
     rng = np.random.default_rng(seed)
-    documents = [np.minimum(rng.zipf(1.3, 60_000) - 1, VOCAB - 1) for _ in range(4)]
+    documents = [np.minimum(rng.zipf(1.3, 70_000) - 1, VOCAB - 1) for _ in range(4)]
     segment = Segment.build(documents, vocab_size=VOCAB, heavy=64, wide=16)
     counts = {"refused": 0, "answered": 0, "answers outside": 0}
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +67,7 @@ def save_hostile(segment, path, rng, n):
     """The same documents, with numbers that point anywhere; checksums are those of what is written."""
     arrays = {name: array.copy() for name, array in segment.arrays.items() if name != "first"}
     names = [*LARGE, *(name for name in arrays if name.startswith("node"))]
-    for name in (names[n % len(names)], LARGE[n % 3]):
+    for name in (names[n % len(names)], LARGE[n % len(LARGE)]):
         array = arrays[name]
         at = rng.integers(0, len(array), max(len(array) // 8, 1))
         array[at] = rng.integers(0, np.iinfo(array.dtype).max, len(at), dtype=array.dtype)

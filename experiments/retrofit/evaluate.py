@@ -41,8 +41,9 @@ def main() -> None:
     )
     for name in ("arms", "text", "data", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--measures", nargs="+", default=["facts", "canaries", "benchmarks"])
-    parser.add_argument("--only", nargs="+", default=ARMS, help="arms (all)")
+    names = ["facts", "canaries", "benchmarks"]
+    parser.add_argument("--measures", nargs="+", choices=names, default=names)
+    parser.add_argument("--only", nargs="+", choices=ARMS, default=ARMS, help="arms (all)")
     options = parser.parse_args()
     stems = {path.stem: json.loads(path.read_text())["arm"] for path in options.arms.glob("results/*.json")}
     run = str(Path(sys.executable).with_name("engram-lm"))

@@ -19,6 +19,7 @@ import numpy as np
 
 from engram_lm.errors import ConfigError
 from engram_lm.index.segment import MAX_ORDER, Segment, occurring
+from engram_lm.index.segment_file import STRIDE, tokens_before
 from engram_lm.index.snapshot import Count, Found, Scores, Snapshot
 from engram_lm.index.sorting import nodes_of, sort_contexts, wide_intervals
 from engram_lm.index.views import View
@@ -52,6 +53,7 @@ def compressed(segment: Segment, tokens: TokenMap) -> Segment:
             **occurring(first_V),
             **nodes,
             **facts,
+            "before": tokens_before(stream_N, order_N[::STRIDE], end=V),
         }
         made[tokens.fingerprint] = Segment(arrays, vocab_size=V, heavy=heavy, wide=segment.wide)
     return made[tokens.fingerprint]

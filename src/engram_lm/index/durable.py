@@ -12,9 +12,12 @@ from engram_lm.errors import CheckpointError
 
 
 def write_synced(path: Path, data: bytes | memoryview) -> int:
-    """A new file with its content on disk; returns it open to read. CheckpointError, and no file, where that fails."""
+    """A new file with its content on disk; returns it open to read. CheckpointError, and no file, where that fails.
+
+    One that is there already is left as it is: somebody may have it mapped.
+    """
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}.") from None
     try:

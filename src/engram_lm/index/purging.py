@@ -16,6 +16,7 @@ from engram_lm.errors import CheckpointError
 from engram_lm.index.compaction import rewritten
 from engram_lm.index.manifest import Entry, Manifest, segment_name
 from engram_lm.index.segment import Segment, sha256_of
+from engram_lm.index.segment_file import STRIDE, read, tokens_before
 from engram_lm.index.snapshot import View
 from engram_lm.index.writing import Writer, to_delete
 from engram_lm.kernels import rescan
@@ -180,9 +181,11 @@ def _prove(
             for number in np.unique(numbers).tolist():
                 _require_live(path, tenant, segment, number, before, views, writer)
             copies += len(inside)
-        else:
-            inside = []
-        if len(places) != len(inside):
+            if len(places) != len(inside) and _elsewhere(path, segment, places, inside, runs.width):
+                raise CheckpointError(
+                    f"{path} still holds tokens of a deleted document, outside its documents. Run verify."
+                )
+        elif places:
             raise CheckpointError(
                 f"{path} still holds tokens of a deleted document, outside the documents of this index. Remove the file if "
                 "it is none of the index's own; otherwise run verify."
@@ -191,6 +194,28 @@ def _prove(
         if progress is not None:
             progress("read", i + 1, len(paths))
     return len(paths), n_bytes, copies
+
+
+def _elsewhere(path: Path, segment: Segment, places: list[int], inside: list[int], width: int) -> list[int]:
+    """Places in a segment's file that are neither in its tokens nor in what follows from them.
+
+    Sorted tokens may happen to ascend as a deleted document did.
+    """
+    V, tokens_N, order_N = segment.vocab_size, segment.tokens, segment.order
+    derived = {
+        "next": lambda: tokens_N[order_N],
+        "before": lambda: tokens_before(tokens_N, order_N[::STRIDE], end=V),
+        "first_token": lambda: np.unique(tokens_N[tokens_N != V]),
+    }
+    facts, arrays = read(path, verify="none")
+    at = {name: (start, start + n_bytes) for name, start, n_bytes in facts.places()}
+    left = set(places) - {at["tokens"][0] + place for place in inside}
+    for name, make in derived.items():
+        start, stop = at.get(name, (0, 0))
+        here = {place for place in left if start <= place <= stop - width}
+        if here and np.array_equal(arrays[name], make()):
+            left -= here
+    return sorted(left)
 
 
 def _require_live(

@@ -28,6 +28,7 @@ from engram_lm.index.segment_file import (
     require_checksums,
     to_bytes,
     token_dtype,
+    tokens_before,
     wrong_inside,
 )
 from engram_lm.index.sorting import MOST_TOKENS, nodes_of, sort_contexts, wide_intervals
@@ -413,14 +414,6 @@ def _gather(
         "document_sha256": np.frombuffer(hashes, np.uint8),
         "documents": np.frombuffer(lines, np.uint8),
     }
-
-
-def tokens_before(tokens_N: np.ndarray, position_I: np.ndarray, *, end: int) -> np.ndarray:
-    """The token two before each position, END where its document has not begun by then."""
-    at_I = position_I.astype(np.int64)
-    # a position comes from a file that may not have been verified
-    none_I = (at_I < 2) | (tokens_N.take(at_I - 1, mode="clip") == end)
-    return np.where(none_I, tokens_N.dtype.type(end), tokens_N.take(at_I - 2, mode="clip"))
 
 
 def occurring(first_V: np.ndarray) -> dict[str, np.ndarray]:

@@ -87,6 +87,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2") if vocab_size < 2**16 else np.dtype("<u4")
 
 
+def tokens_before(tokens_N: np.ndarray, position_I: np.ndarray, *, end: int) -> np.ndarray:
+    """The token two before each position, END where its document has not begun by then; of order[::STRIDE], `before`."""
+    at_I = position_I.astype(np.int64)
+    # a position comes from a file that may not have been verified
+    none_I = (at_I < 2) | (tokens_N.take(at_I - 1, mode="clip") == end)
+    return np.where(none_I, tokens_N.dtype.type(end), tokens_N.take(at_I - 2, mode="clip"))
+
+
 def _dtype(name: str, vocab_size: int) -> np.dtype:
     return token_dtype(vocab_size) if SECTIONS[name] == "t" else np.dtype("<" + SECTIONS[name])
 
@@ -332,4 +340,7 @@ def wrong_inside(arrays: dict[str, np.ndarray], V: int) -> str | None:
         arrays["document_at"]
     ) - 1:
         return "documents do not end where END stands"
+    before = arrays["before"]
+    if len(before) and (before != tokens_before(arrays["tokens"], arrays["order"][::STRIDE], end=V)).any():
+        return "the section before is not what stands before"
     return None

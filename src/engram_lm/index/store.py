@@ -122,6 +122,7 @@ class Store:
                 )
             data = Manifest(vocab_size=vocab_size, tokenizer=tokenizer).to_bytes()
             beside = directory / f"{MANIFEST}.new"
+            durable.remove(beside)
             os.close(durable.write_synced(beside, data))
             try:
                 os.replace(beside, directory / MANIFEST)

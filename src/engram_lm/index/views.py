@@ -14,8 +14,8 @@ from functools import cached_property
 import numpy as np
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.index.segment import MAX_ORDER, Segment, tokens_before
-from engram_lm.index.segment_file import STRIDE
+from engram_lm.index.segment import MAX_ORDER, Segment
+from engram_lm.index.segment_file import STRIDE, tokens_before
 from engram_lm.kernels import walks
 from engram_lm.kernels.counting import BLOCK_TOKENS
 
@@ -195,13 +195,14 @@ class _Facts:
             self.arrays[walks.NODE_LOW], np.arange(0, N + walks.NODE_RANKS, walks.NODE_RANKS, np.uint32)
         )
         self.arrays[walks.NODE_FROM] = from_B.astype(np.uint32)
-        # all of a small segment, so that many of them are searched side by side
         small = N <= _SMALL
-        before = segment.arrays["before"]
+        sampled = segment.arrays["before"]
         if small:
-            before = tokens_before(self.arrays[walks.TOKENS][:N], self.arrays[walks.ORDER][:N], end=end)
-        if small or len(before) == -(-N // STRIDE):
-            self.arrays[walks.BEFORE] = np.ascontiguousarray(before, token)
+            # of all ranks, so that many small segments are searched side by side
+            sampled = tokens_before(self.arrays[walks.TOKENS][:N], self.arrays[walks.ORDER][:N], end=end)
+            self.arrays[walks.BEFORE] = sampled
+        if small or len(sampled) == -(-N // STRIDE):
+            self.arrays[walks.SAMPLED] = np.ascontiguousarray(sampled, token)
         self.row = np.zeros(walks.ROW, np.int64)
         for at, array in self.arrays.items():
             self.row[at] = _address(array)

@@ -145,6 +145,7 @@ class Writer:
             raise ConfigError(
                 f"{path} would have {len(data):,} bytes; it has at most {MOST_BYTES:,}. Merge segments first."
             )
+        durable.remove(beside)
         file = durable.write_synced(beside, data)
         try:
             os.replace(beside, path)

@@ -37,9 +37,9 @@ FOUR, OVER, CAP, END = 22, 23, 24, 25
 # where sources reach over several segments: the address of each document's number among all of the snapshot's sources, how
 # many there are, and what tells this snapshot's way of counting from others
 SHARED, N_SOURCES, SERIAL = 26, 27, 28
-# the token two before the positions of every 2**STRIDE-th rank
-BEFORE, STRIDE = 29, 30
-ROW = 31
+# the token two before the position of every rank, of a small segment alone, for `walk_two`; and of every 2**STRIDE-th rank
+BEFORE, SAMPLED, STRIDE = 29, 30, 31
+ROW = 32
 NODE_RANKS = 4096
 _RANKS_AT_ONCE = 1024
 _SIDE_BY_SIDE = 4  # segments that are searched side by side
@@ -107,7 +107,7 @@ def _sample_bound(table_SF, s, a, b, least, end):
     """`_bound` among the sampled ranks."""
     while a < b:
         middle = (a + b) >> 1
-        here = token_at(table_SF, s, BEFORE, middle)
+        here = token_at(table_SF, s, SAMPLED, middle)
         less = (here < least) | (here >= end)
         a, b = middle + 1 if less else a, b if less else middle
     return a
@@ -116,7 +116,7 @@ def _sample_bound(table_SF, s, a, b, least, end):
 @njit(nogil=True, cache=True)
 def narrow_two(table_SF, s, low, high, token, end):
     """`narrow` of the interval of one token: the sampled ranks, which are near, say between which ranks to look."""
-    if table_SF[s, BEFORE] == 0 or high - low <= 1 << table_SF[s, STRIDE]:
+    if table_SF[s, SAMPLED] == 0 or high - low <= 1 << table_SF[s, STRIDE]:
         return narrow(table_SF, s, low, high, 1, token, end)
     k = table_SF[s, STRIDE]
     # samples i of the interval: low <= i << k < high
@@ -201,7 +201,7 @@ def walk_two(table_SF, context_K, n, most, end, low_SD, high_SD):
         going = False
         for s in range(table_SF.shape[0]):
             a, b = low_SD[s, 2], high_SD[s, 2]
-            if a < b and table_SF[s, BEFORE] != 0 and table_SF[s, STRIDE] == 0:
+            if a < b and table_SF[s, BEFORE] != 0:
                 middle = (a + b) >> 1
                 here = token_at(table_SF, s, BEFORE, middle)
                 less = (here < token) | (here >= end)
@@ -210,8 +210,7 @@ def walk_two(table_SF, context_K, n, most, end, low_SD, high_SD):
                 going = True
     for s in range(table_SF.shape[0]):
         a, high = low_SD[s, 2], high_SD[s, 1]
-        whole = table_SF[s, BEFORE] != 0 and table_SF[s, STRIDE] == 0
-        if a < high and not whole:
+        if a < high and table_SF[s, BEFORE] == 0:
             low_SD[s, 2], high_SD[s, 2] = narrow_two(table_SF, s, a, high, token, end)
         elif a < high and token_at(table_SF, s, BEFORE, a) == token:
             low_SD[s, 2], high_SD[s, 2] = narrow(table_SF, s, a, high, 1, token, end)
