@@ -56,6 +56,7 @@ SIZES = {
         Size(name="small", entries=2_500, exposures=40, parts=96),
         Size(name="cpu", entries=5_000, exposures=20, parts=128),
         Size(name="crowded", entries=5_000, exposures=100, parts=128),
+        Size(name="packed", entries=5_000, exposures=100, parts=128),
         Size(name="full", entries=100_000, exposures=100, parts=1_024),
     )
 }

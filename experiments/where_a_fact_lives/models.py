@@ -59,8 +59,9 @@ class Shape:
 SHAPES = {
     "quick": Shape(hidden=32, dense=64, expert=16, idle=9, moved=2, attention_heads=2, heads=2, row=8),
     "small": Shape(hidden=64, dense=128, expert=32, idle=19, moved=4, attention_heads=4, heads=2, row=16),
-    # half the model for the whole book: more bits than parameters
+    # the whole book a hundred times, for models with fewer parameters than it has bits: 0.88 and 0.55 for one
     "crowded": Shape(hidden=64, dense=128, expert=32, idle=19, moved=4, attention_heads=4, heads=2, row=16),
+    "packed": Shape(hidden=64, dense=64, expert=16, idle=19, moved=4, attention_heads=4, heads=2, row=8),
     "cpu": Shape(hidden=64, dense=128, expert=64, idle=19, moved=4, attention_heads=4, heads=2, row=16),
     "full": Shape(hidden=256, dense=512, expert=320, idle=19, moved=4, attention_heads=8, heads=4, row=32),
 }

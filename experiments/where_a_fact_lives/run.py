@@ -36,6 +36,7 @@ RECIPES = {
     "quick": Recipe(rate=4e-3, batch=32),
     "small": Recipe(rate=4e-3, batch=64),
     "crowded": Recipe(rate=4e-3, batch=64),
+    "packed": Recipe(rate=4e-3, batch=64),
     "cpu": Recipe(rate=4e-3, batch=64),
     "full": Recipe(rate=1e-3, batch=1024),
 }
