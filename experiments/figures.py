@@ -113,6 +113,15 @@ def proof_facts() -> dict[str, Any]:
         all(one["apart_operations_bit_equal"] == one["apart_operations_compared"] for one in operated),
         "entries without a changed row keep every bit",
     )
+    late = {
+        arm: [one for seed in range(9) for one in _there(results / f"packed-{arm}-{seed}.json")]
+        for arm in ("none", "memory")
+    }
+    packed = {arm: mean(_asked(one, "plain") for one in found) for arm, found in late.items()}
+    require(
+        1 < packed["memory"] / packed["none"] < 0.7 * min(of / than for of, than in paired("memory", "none")),
+        "after a hundred readings memory leads by much less",
+    )
     shape = memory[0]["parameters"]
     return {
         "exposures": memory[0]["size"]["exposures"], "parameters": shape["total"] / 1e6,
@@ -120,6 +129,13 @@ def proof_facts() -> dict[str, Any]:
         "moved": 100 * shape["rows"] / shape["sparse"], "gain": times("memory"), "gain_most": times("mostly-memory"),
         "gain_1x": times("memory-1x"), "best_control": max(of for arm in controls for of, _ in paired(arm, arm)),
         "none_low": min(none), "none_high": max(none),
+        "packed_readings": late["memory"][0]["size"]["exposures"], "packed_none": packed["none"],
+        "packed_memory": packed["memory"],
+        **{
+            f"late_reworded{name}": mean(one["asked"]["reworded"]["never read so"]["bits"] for one in late[arm])
+            for name, arm in (("", "memory"), ("_none", "none"))
+        },
+        "packed_share": late["memory"][0]["parameters"]["total"] / late["memory"][0]["size"]["bits"],
         "own_before": mean(one["own_bits_before"] for one in zeroed),
         "own_after": f"{mean(one['own_bits_after'] for one in zeroed):.0f}".replace("-", "−"),
         "own_name": mean(one["necessity"]["name"]["own_bits_after"] for one in surgery),

@@ -16,7 +16,7 @@ RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE))
 
 from book import BITS, BITS_PER_TOKEN
-from tables import TABLES, Told, read, runs_of
+from tables import HUNDRED, TABLES, Told, read, runs_of
 
 from models import ARMS
 
@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     if options.source is not None:
-        for pattern in (f"{options.size}-*.json", "tuning-*.json"):
+        for pattern in (f"{options.size}-*.json", "tuning-*.json", *(f"{name}-*.json" for name in HUNDRED)):
             for path in sorted(options.source.glob(pattern)):
                 text = path.read_text(encoding="utf8").replace(str(options.source.parent), "OUT")
                 (RESULTS / path.name).write_text(text, encoding="utf8")

@@ -5,29 +5,29 @@ print(arms(told))
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from book import BITS
+from book import BITS, BITS_PER_TOKEN
 
 from engram_lm.eval.tables import table
 from models import ARMS
 
 Told = dict[str, Any]
+HUNDRED = ("crowded", "packed")  # sizes of a hundred readings
 
 
 def read(directory: Path, size: str) -> dict[str, Told]:
-    """Result files of one size by what comes after the size in their names, the tuning runs, and the pilots."""
+    """Result files of one size by what comes after the size in their names, tuning runs, and those of a hundred readings."""
     told = {
         path.stem.removeprefix(f"{size}-"): json.loads(path.read_text(encoding="utf8"))
         for pattern in (f"{size}-*.json", "tuning-*.json")
         for path in sorted(directory.glob(pattern))
     }
-    pilots = directory / "pilots.jsonl"
-    if pilots.exists():
-        told["pilots"] = {
-            "runs": [json.loads(line) for line in pilots.read_text(encoding="utf8").splitlines()]
-        }
+    hundred = [path for name in HUNDRED for path in sorted(directory.glob(f"{name}-*.json"))]
+    if hundred:
+        told["hundred"] = {"runs": [json.loads(path.read_text(encoding="utf8")) for path in hundred]}
     return told
 
 
@@ -90,6 +90,15 @@ def short(told: dict[str, Told]) -> str:
             ", ".join(bits(arm, "reworded", "never read so") for arm in ("none", "memory", "mostly-memory")),
         ],
     ]
+    late = [_hundred_of(told, "packed", arm) for arm in ("none", "memory")]
+    if all(late):
+        per_parameter = [sum(one["bits_per_parameter"] for one in found) / len(found) for found in late]
+        lines.append(
+            [
+                "bits a parameter after a hundred readings (0.55 parameters a bit): no memory, 79/21",
+                ", ".join(f"{value:.2f}" for value in per_parameter),
+            ]
+        )
     for arm in ("memory", "mostly-memory"):
         if not runs_of(told, f"surgery-{arm}"):
             continue
@@ -219,24 +228,47 @@ def rates(told: dict[str, Told]) -> str:
     return table(["bits an entry at a rate of", *(f"{rate:g}" for rate in tried)], rows)
 
 
-def pilots(told: dict[str, Told]) -> str:
-    """The two runs of 100 readings that came before the rest."""
+def hundred(told: dict[str, Told]) -> str:
+    """The whole book a hundred times, for models with fewer parameters than it has bits; one number a seed."""
     rows = []
-    for one in told.get("pilots", {"runs": []})["runs"]:
-        size, arm, rate, _, _, exposures = one["args"]
-        cells = [f"{one['plain']:.1f}", f"{100 * one['full']:.1f} %"]
-        cells += [f"{bits:.1f}" for bits in (*one["filler"], *one["reworded"])]
-        rows.append([f"{ARMS[arm].title} ({size}, {exposures} readings, rate {float(rate):g})", *cells])
+    for size in HUNDRED:
+        for arm in ARMS.values():
+            found = _hundred_of(told, size, arm.name)
+            if not found:
+                continue
+            plain = [one["asked"]["plain"]["all"] for one in found]
+            rows.append(
+                [
+                    f"{arm.title}, {found[0]['parameters']['total'] / found[0]['size']['bits']:.2f} parameters a bit",
+                    each([f"{one['bits_per_parameter']:.2f}" for one in found]),
+                    each([f"{one['bits']:.1f}" for one in plain]),
+                    each([f"{100 * one['full']:.1f} %" for one in plain]),
+                    each([f"{_half_way(one):.0f}" for one in found]),
+                    _mean(found, "filler", "never read so"),
+                    _mean(found, "reworded", "never read so"),
+                ]
+            )
     head = [
-        "arm",
-        "after the name",
-        "in full",
-        "text between: read so",
-        "never read so",
-        "reworded: read so",
-        "never read so",
-    ]
+        "arm", "bits a parameter", f"bits an entry, of {BITS}", "in full", "readings until it said half of the bits",
+        "text between, never read so", "reworded, never read so",
+    ]  # fmt: skip
     return table(head, rows)
+
+
+def _hundred_of(told: dict[str, Told], size: str, arm: str) -> list[Told]:
+    runs = told.get("hundred", {"runs": []})["runs"]
+    return [one for one in runs if (one["size"]["name"], one["arm"]["name"]) == (size, arm)]
+
+
+def _half_way(one: Told) -> float:
+    """Readings until half of the bits were told while reading; from means over parts of the run, straight between them."""
+    loss, exposures = one["training"]["loss"], one["size"]["exposures"]
+    half = BITS_PER_TOKEN * math.log(2) / 2
+    place = next((i for i, value in enumerate(loss) if value < half), len(loss))
+    if not 0 < place < len(loss):
+        return math.nan
+    part = exposures / len(loss)
+    return (place - 0.5 + (loss[place - 1] - half) / (loss[place - 1] - loss[place])) * part
 
 
 # ---- surgery ---------------------------------------------------------------------------------------------------------
@@ -317,7 +349,7 @@ TABLES = {
     "forms": forms,
     "accounting": accounting,
     "rates": rates,
-    "pilots": pilots,
+    "hundred": hundred,
     "surgery": surgery,
     "whole": whole,
 }
