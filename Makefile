@@ -67,7 +67,7 @@ demo: $(PREPARED) ## a page: see what memory does, and change it; Ctrl-C stops i
 	$(BIN)/engram-lm serve
 
 $(PREPARED): $(STAMP)
-	@echo "demo: the first time SmolLM2 is fetched (93 MB) and kernels are compiled"
+	@echo "demo: the first time SmolLM2 is fetched (98 MB) and kernels are compiled"
 	@$(BIN)/engram-lm serve --prepare
 	@touch $@
 

