@@ -101,10 +101,11 @@ class Site:
         return self.client.get(path, headers=headers)
 
     def events(self, **body: Any) -> list[dict[str, Any]]:
-        """The events of one generation."""
+        """The events of one generation, but that it waited: the request before may not be off the line yet."""
         answer = self.post("/api/generate", body)
         assert answer.status_code == 200, answer.text
-        return [json.loads(line) for line in answer.text.splitlines()]
+        events = [json.loads(line) for line in answer.text.splitlines()]
+        return [event for event in events if event["type"] != "queued"]
 
 
 @contextlib.contextmanager
