@@ -432,6 +432,19 @@ def test_a_purge_is_not_alarmed_by_sorted_tokens_that_ascend_as_a_deleted_docume
     assert (report.documents, report.unproven, report.live_copies) == (1, 0, 0)
 
 
+def test_a_purge_looks_beside_the_tokens_of_a_segment(tmp_path):
+    """The bytes of a deleted document in another place of a live segment's file are told, whatever they mean there."""
+    words = "abcdefghijklmnopqrstuvwxyzABCDEF"
+    gone = np.frombuffer(words.encode(), "<u2")
+    with Store.create(tmp_path / "i", vocab_size=32_000, merging="by hand") as store:
+        store.add([("gone", gone)])
+        store.add([("kept", [1, 2, 3], words)])
+        with pytest.raises(
+            CheckpointError, match="still holds tokens of a deleted document, outside its documents"
+        ):
+            store.purge(["gone"])
+
+
 def test_a_purge_of_one_tenant_names_another_that_keeps_the_same_deleted(tmp_path):
     (text,) = random_documents(1, 100, 5000).values()
     with Store.create(tmp_path / "i", vocab_size=5000, merging="by hand") as store:
