@@ -70,10 +70,10 @@ def texts(path):
 
 def tokenizer_file():
     """SmolLM2's, from the cache that `--model smollm2` fills."""
+    from engram_lm.cache import cache_directory
     from engram_lm.train import smollm2
-    from engram_lm.train.cache import cache_directory
 
-    path = cache_directory() / "bases" / smollm2._CACHE_NAME / "tokenizer.json"
+    path = cache_directory() / "bases" / smollm2.cache_name() / "tokenizer.json"
     if not path.exists():
         smollm2.load_smollm2(report=print)
     return path

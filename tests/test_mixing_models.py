@@ -305,8 +305,7 @@ def test_refusals(model, snapshot):
 
 
 def test_gates_of_another_model_or_tokenizer_are_refused(model, snapshot):
-    from engram_lm.train.base import fingerprint_of
-    from engram_lm.vocab import tokenizer_fingerprint
+    from engram_lm.identity import fingerprint_of, tokenizer_fingerprint
 
     ids, mask, _ = prompts(snapshot)
     right = {"model": fingerprint_of(model), "tokenizer": tokenizer_fingerprint(tokenizer())}

@@ -181,7 +181,8 @@ def test_a_cut_run_of_epochs_with_accumulation_and_documents_goes_on_bit_for_bit
 
 
 def test_memory_alone_on_a_frozen_base(text, tmp_path, cut_at):
-    from engram_lm.train.base import fingerprint_of, load_base
+    from engram_lm.identity import fingerprint_of
+    from engram_lm.train.base import load_base
 
     base = load_base("scratch:tiny", report=lambda line: None)
     base.model.save_pretrained(tmp_path / "base")

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, MissingExtraError, StateError
+from engram_lm.identity import tokenizer_fingerprint
 from engram_lm.index.store import Store
 from engram_lm.mixing import FixedLambda, memory_processor
 from engram_lm.mixing.features import NAMES
@@ -25,7 +26,6 @@ from engram_lm.vllm import plugin
 from engram_lm.vllm.live import Live, Part, Row, mix_here, mix_there
 from engram_lm.vllm.options import RequestOptions, Settings, options_of, settings_of
 from engram_lm.vllm.slots import rows_of
-from engram_lm.vocab import tokenizer_fingerprint
 from models import EOS, tokenizer
 
 V, M = 264, 258

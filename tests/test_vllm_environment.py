@@ -39,7 +39,8 @@ from engram_lm.mixing.mix import mix_plain
 from engram_lm.vllm import Live, MemoryLogitsProcessor, Settings
 from engram_lm.vllm.live import Row
 from engram_lm.vllm.options import RequestOptions
-from engram_lm.vocab import TokenMap, tokenizer_fingerprint
+from engram_lm.identity import tokenizer_fingerprint
+from engram_lm.vocab import TokenMap
 
 vocab = {"<eos>": 0} | {s: i for i, s in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}
 words = Tokenizer(models.BPE(vocab=vocab, merges=[]))

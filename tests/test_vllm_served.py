@@ -13,12 +13,12 @@ import pytest
 import torch
 import transformers as hf
 
+from engram_lm.identity import tokenizer_fingerprint
 from engram_lm.index.store import Store
 from engram_lm.mixing import FixedLambda, memory_processor
 from engram_lm.mixing.features import NAMES
 from engram_lm.mixing.gate import Gate
 from engram_lm.mixing.identity import model_print
-from engram_lm.vocab import tokenizer_fingerprint
 from models import EOS, PAD, tokenizer
 
 PYTHON = os.environ.get("ENGRAM_VLLM_PYTHON", "")

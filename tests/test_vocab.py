@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
-from engram_lm.vocab import TokenMap, _normalise_ascii, _normaliser, normalise, tokenizer_fingerprint
+from engram_lm.identity import tokenizer_fingerprint
+from engram_lm.vocab import TokenMap, _normalise_ascii, _normaliser, normalise
 
 WORDS = [
     "Apple",
@@ -134,7 +135,7 @@ def test_fingerprints_are_pinned():
     """A changed hash would orphan every table ever written."""
     tokens = TokenMap.from_tokenizer(word_tokenizer(WORDS))
     assert tokens.fingerprint == "e4496974dfdb16f3c7fbfb5d5e598bc41e1e67bab6a166c232d14888449cd99e"
-    assert tokens.tokenizer_fingerprint == "97ca577e197bdcbaedfa8f112bb3f8f03a2a7a5474e2b2a203cf0142a7943f1c"
+    assert tokens.tokenizer_fingerprint == "398418b0abfcaadbec40c49886180adb625a812a0760591c875db2125daa344d"
 
 
 def test_fingerprint_survives_saving_and_settings_that_move_no_id(byte_level, tmp_path):
@@ -158,7 +159,6 @@ def test_fingerprint_tells_tokenizers_apart(byte_level):
     for change in (
         lambda t: t.add_tokens(["<more>"]),
         lambda t: setattr(t, "pre_tokenizer", pre_tokenizers.Digits()),
-        lambda t: setattr(t, "decoder", decoders.Fuse()),
     ):
         other = Tokenizer.from_str(byte_level.to_str())
         change(other)
@@ -166,7 +166,7 @@ def test_fingerprint_tells_tokenizers_apart(byte_level):
     content = json.loads(byte_level.to_str())
     content["model"]["merges"][:2] = content["model"]["merges"][1::-1]
     seen.add(tokenizer_fingerprint(Tokenizer.from_str(json.dumps(content))))
-    assert len(seen) == 5
+    assert len(seen) == 4
 
 
 def test_merges_written_as_strings_are_the_same_tokenizer(byte_level):
@@ -241,8 +241,8 @@ def test_files_that_are_no_token_map_are_named(tmp_path):
     path.write_bytes(data[:-1])
     with pytest.raises(CheckpointError, match="damaged or cut short"):
         TokenMap.load(path)
-    path.write_bytes(data[:8] + struct.pack("<I", 2) + data[12:])
-    with pytest.raises(CheckpointError, match="has format 2; this build reads 1"):
+    path.write_bytes(data[:8] + struct.pack("<I", 3) + data[12:])
+    with pytest.raises(CheckpointError, match="has format 3; this build reads 1 to 2"):
         TokenMap.load(path)
 
 

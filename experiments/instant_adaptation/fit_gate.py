@@ -19,11 +19,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from gate_texts import HANDBOOK, Text, chosen, corpora, halves, plan_texts, read_model
 
+from engram_lm.identity import print_of
 from engram_lm.index.segment import Document, Segment
 from engram_lm.index.snapshot import Snapshot, View
 from engram_lm.mixing.fit import Examples, calibrate, draw_calibration, examples_of, fit_gate, report
 from engram_lm.mixing.gate import Gate, Reading
-from engram_lm.mixing.identity import model_print, rules_of, tokenizer_print
+from engram_lm.mixing.identity import model_print, rules_of
 from engram_lm.mixing.mix import TokenRules
 from engram_lm.mixing.reading import read_text, tail
 
@@ -134,7 +135,7 @@ def main() -> None:
             for weight in (0.5, 1.0, 2.0, 4.0) if kind == "logistic" else (2.0,):
                 start = time.perf_counter()
                 gate = fit_gate(
-                    parts["fit"], kind=kind, general_weight=weight, tokenizer=tokenizer_print(tokenizer),
+                    parts["fit"], kind=kind, general_weight=weight, tokenizer=print_of(tokenizer).text,
                     model=model_print(model), model_name=base.name, reading=reading, trained_on=described(plan, weight),
                 )  # fmt: skip
                 seconds = time.perf_counter() - start

@@ -26,7 +26,7 @@ def measure_living(setting: Any, *, times: int) -> dict[str, Any]:
     root = setting.out / "living"
     shutil.rmtree(root, ignore_errors=True)
     domain = setting.domains["handbook"]
-    options = {"vocab_size": domain.vocab_size, "tokenizer": setting.encoder.fingerprint}
+    options = {"vocab_size": domain.vocab_size, "tokenizer": setting.encoder.first_print}
     with Store.create(root, **options, merging="by hand") as writer, Store.open(root) as reader:
         writer.add((name, domain.documents[name]) for name in domain.indexed)
         prompts = [

@@ -21,33 +21,32 @@ to "". No text reaches them.
     canonical_BT = tokens.canonical_of(ids_BT)       # −1 (DEAD: padding, image) stays −1
     print(tokens.raw_size, "→", tokens.size, tokens.groups(limit=3))
 
-File (`save`, `load`), little-endian: magic "ENGRMAP\\0"; u32 version = 1; u32 header bytes; header (UTF-8 JSON, padded
-by spaces so that the ids begin at a multiple of 64); raw_size × i32 canonical ids; sha256 (32 bytes) of all before it.
+File (`save`, `load`), little-endian: magic "ENGRMAP\\0"; u32 version = 2 (1 is read); u32 header bytes; header (UTF-8 JSON,
+padded by spaces so that the ids begin at a multiple of 64); raw_size × i32 canonical ids; sha256 (32 bytes) of all before it.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
-import re
 import struct
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
+from engram_lm.errors import CheckpointError, ConfigError, IdentityError, TokenIdError
+from engram_lm.identity.tokenizers import TokenizerPrint, backend_of, print_of, without_tokens_since
 
 DEAD = -1
-# <tool_call>, </think>, [INST]: markers of a chat format that not every tokenizer flags as special
-_MARKER = re.compile(r"</?[^<>\s][^<>]*>|\[/?[A-Z_]{2,}\]|.*tool.*", re.IGNORECASE | re.DOTALL)
 MAGIC = b"ENGRMAP\0"
-VERSION = 1
+VERSION = 2
 # A private-use character that keeps a lone space from being stripped. A token that is this character becomes a space.
 _SENTINEL = "\ue000"
 # More ids than any tokenizer has; keeps canonical ids inside int32 and a hostile header from asking for all memory.
@@ -61,12 +60,6 @@ class TokenGroup(NamedTuple):
     ids: tuple[int, ...]
 
 
-def is_marker(added_token: str) -> bool:
-    """Whether an added token marks turns or tools, whatever the tokenizer says of it: no word of a document, and none that
-    memory may say."""
-    return _MARKER.fullmatch(added_token.strip() or " ") is not None
-
-
 @dataclass(frozen=True, eq=False)
 class TokenMap:
     """A map and the tokenizer it belongs to. Built by the class methods.
@@ -74,11 +67,14 @@ class TokenMap:
     canonical: int64 [raw_size], read-only, values 0 … size−1 dealt in first-seen order
     size, raw_size: how many canonical ids, how many raw ids
     fingerprint: sha256 of the map alone
+    tokenizer_fingerprint, n_tokens: `TokenizerPrint.all` and `.n_tokens`; a map of file version 1 has the first print
+        (identity/writings.py) and 0
     """
 
     canonical: np.ndarray
     kind: Literal["compressed", "raw"]
     tokenizer_fingerprint: str
+    n_tokens: int = 0
     size: int = field(init=False)
     raw_size: int = field(init=False)
     fingerprint: str = field(init=False)
@@ -108,21 +104,48 @@ class TokenMap:
         object.__setattr__(self, "raw_size", int(canonical.size))
         content = f"engram token map 1\n{canonical.size}\n".encode() + canonical.astype("<i4").tobytes()
         object.__setattr__(self, "fingerprint", hashlib.sha256(content).hexdigest())
+        object.__setattr__(self, "_print", None)
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, *, raw_size: int | None = None) -> TokenMap:
         """Compress by the module's rule. `raw_size`, a model's embedding rows, may exceed the ids: holes follow."""
-        backend = _backend(tokenizer)
+        backend = backend_of(tokenizer)
         tokens = _tokens_by_id(backend, raw_size)
         decode = functools.partial(backend.decode, skip_special_tokens=False)
         canonical = _deal([_key(token, decode([i])) for i, token in enumerate(tokens)])
-        return cls(canonical, "compressed", tokenizer_fingerprint(tokenizer))
+        return cls._of(canonical, "compressed", print_of(tokenizer))
 
     @classmethod
     def raw(cls, tokenizer: Any, *, raw_size: int | None = None) -> TokenMap:
         """The identity: for profiles that hash raw ids. It still knows which tokenizer gave the ids their meaning."""
-        count = len(_tokens_by_id(_backend(tokenizer), raw_size))
-        return cls(np.arange(count), "raw", tokenizer_fingerprint(tokenizer))
+        count = len(_tokens_by_id(backend_of(tokenizer), raw_size))
+        return cls._of(np.arange(count), "raw", print_of(tokenizer))
+
+    @classmethod
+    def _of(
+        cls, canonical: np.ndarray, kind: Literal["compressed", "raw"], found: TokenizerPrint
+    ) -> TokenMap:
+        made = cls(canonical, kind, found.all, found.n_tokens)
+        object.__setattr__(made, "_print", found)
+        return made
+
+    def require_tokenizer(self, tokenizer: Any, *, where: str) -> None:
+        """IdentityError where `tokenizer` gives text other ids than the one that this map was made of. Tokens that were added
+        since may stand beside them: no other id changed its meaning by them."""
+        found = print_of(tokenizer)
+        before = [without_tokens_since(found, self.n_tokens)] if self.n_tokens else _before_additions(found)
+        if any(one.is_the_one_of(self.tokenizer_fingerprint) for one in itertools.chain([found], before)):
+            return
+        raise IdentityError(
+            f"The tokenizer in {where} (fingerprint {found.all[:12]}) is not the one the memory was trained with "
+            f"({self.tokenizer_fingerprint[:12]}): its ids mean other text."
+        )
+
+    def is_of(self, stored: str) -> bool:
+        """Whether a fingerprint that a file holds is of the tokenizer that this map was made of."""
+        return stored == self.tokenizer_fingerprint or (
+            self._print is not None and self._print.is_the_one_of(stored)
+        )
 
     def canonical_of(self, ids: Any) -> np.ndarray:
         """ids: integers of any shape, each −1 or 0 … raw_size−1 → int64 of that shape. Else TokenIdError."""
@@ -153,10 +176,12 @@ class TokenMap:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one file, whole or not at all."""
-        header: dict[str, Any] = {name: getattr(self, name) for name in _HEADER_KEYS}
+        keys = _HEADER_KEYS[VERSION if self.n_tokens else 1]
+        header: dict[str, Any] = {name: getattr(self, name) for name in keys}
         text = json.dumps(header, sort_keys=True).encode()
         text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
-        body = MAGIC + struct.pack("<II", VERSION, len(text)) + text + self.canonical.astype("<i4").tobytes()
+        version = VERSION if self.n_tokens else 1
+        body = MAGIC + struct.pack("<II", version, len(text)) + text + self.canonical.astype("<i4").tobytes()
         path = Path(path)
         handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -184,9 +209,9 @@ class TokenMap:
         if len(data) < start + 32:
             raise CheckpointError(f"{path} is cut short: {len(data)} bytes")
         version, header_bytes = struct.unpack_from("<II", data, len(MAGIC))
-        if version != VERSION:
+        if version not in _HEADER_KEYS:
             raise CheckpointError(
-                f"{path} has format {version}; this build reads {VERSION}. Upgrade engram-lm."
+                f"{path} has format {version}; this build reads 1 to {VERSION}. Upgrade engram-lm."
             )
         if hashlib.sha256(data[:-32]).digest() != data[-32:]:
             raise CheckpointError(
@@ -194,21 +219,29 @@ class TokenMap:
             )
         try:
             header = json.loads(data[start : start + header_bytes])
-            if set(header) != set(_HEADER_KEYS):
-                raise ValueError(f"header keys {sorted(header)}, wanted {sorted(_HEADER_KEYS)}")
+            keys = _HEADER_KEYS[version]
+            if set(header) != set(keys):
+                raise ValueError(f"header keys {sorted(header)}, wanted {sorted(keys)}")
             found = cls(
                 np.frombuffer(data[start + header_bytes : -32], dtype="<i4"),
                 header["kind"],
                 header["tokenizer_fingerprint"],
+                int(header.get("n_tokens", 0)),
             )
-            for name in _HEADER_KEYS:
+            for name in keys:
                 if getattr(found, name) != header[name]:
                     raise ValueError(
                         f"the header says {name} {header[name]}, the ids give {getattr(found, name)}"
                     )
         except (ValueError, TypeError) as error:
-            raise CheckpointError(f"{path} is not a token map of format {VERSION}: {error}") from None
+            raise CheckpointError(f"{path} is not a token map of format {version}: {error}") from None
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **self.__dict__,
+            "_print": None,
+        }  # a tokenizer's text, megabytes that no other process asks for
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, TokenMap):
@@ -225,32 +258,17 @@ class TokenMap:
         return self.kind, self.fingerprint, self.tokenizer_fingerprint
 
 
-_HEADER_KEYS = ("kind", "size", "raw_size", "fingerprint", "tokenizer_fingerprint")
+_FIRST_KEYS = ("kind", "size", "raw_size", "fingerprint", "tokenizer_fingerprint")
+# by file version
+_HEADER_KEYS = {1: _FIRST_KEYS, 2: (*_FIRST_KEYS, "n_tokens")}
+# A map of file version 1 does not say how many tokens its tokenizer had: as many additions are taken back.
+_ADDITIONS = 64
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 of which ids a text gets: vocabulary, merges, added tokens, normaliser, pre-tokeniser, decoder.
-
-    Left out, because no id changes its meaning by them: truncation, padding, the post-processor (it only adds ids
-    around a text), whether an added token counts as special, and fields at null or false, which other versions of
-    tokenizers omit.
-    """
-    content = json.loads(_backend(tokenizer).to_str())
-    model = dict(content["model"])
-    # The long parts, as lines. Older releases of tokenizers write a merge as one string with a space.
-    vocabulary = model.pop("vocab", None)
-    merges = [
-        merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges", None) or ()
-    ]
-    added = sorted(content.get("added_tokens") or (), key=lambda token: token["id"])
-    kept = {name: content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")}
-    kept |= {
-        "model": model,
-        "added_tokens": [{k: v for k, v in token.items() if k != "special"} for token in added],
-    }
-    parts = (_without_unset(kept), vocabulary, merges)
-    text = "\n".join(json.dumps(part, sort_keys=True, separators=(",", ":")) for part in parts)
-    return hashlib.sha256(b"engram tokenizer 1\n" + text.encode()).hexdigest()
+def _before_additions(found: TokenizerPrint) -> Iterator[TokenizerPrint]:
+    """The tokenizer without the last added token, without the last two, ..."""
+    added = sorted((token["id"] for token in json.loads(found.serialisation)["added_tokens"]), reverse=True)
+    return (without_tokens_since(found, first) for first in added[:_ADDITIONS])
 
 
 def normalise(text: str) -> str:
@@ -313,28 +331,3 @@ def _tokens_by_id(backend: Any, raw_size: int | None) -> list[str | None]:
     for token, i in vocabulary.items():
         tokens[i] = token
     return tokens
-
-
-def _backend(tokenizer: Any) -> Any:
-    """The `tokenizers.Tokenizer` inside, without importing transformers."""
-    for candidate in (
-        tokenizer,
-        getattr(tokenizer, "backend_tokenizer", None),
-        getattr(tokenizer, "_tokenizer", None),
-    ):
-        if all(hasattr(candidate, name) for name in ("to_str", "get_vocab", "decode", "id_to_token")):
-            return candidate
-    raise ConfigError(
-        f"got {type(tokenizer).__module__}.{type(tokenizer).__name__}, wanted a fast tokenizer: tokenizers.Tokenizer, "
-        "or a transformers tokenizer that is backed by one (AutoTokenizer.from_pretrained(…))"
-    )
-
-
-def _without_unset(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {
-            key: _without_unset(item) for key, item in value.items() if item is not None and item is not False
-        }
-    if isinstance(value, list):
-        return [_without_unset(item) for item in value]
-    return value

@@ -10,7 +10,7 @@ stores the identity it was made with, and loading compares:
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Self
@@ -98,13 +98,24 @@ class Identity:
             key: (self.facts[key], other.facts[key]) for key in KEYS if self.facts[key] != other.facts[key]
         }
 
-    def require_equal(self, other: "Identity", *, where: str) -> None:
-        """Raise IdentityError unless equal. `where` names the holder of this identity: a file, a checkpoint."""
+    def require_equal(
+        self, other: "Identity", *, where: str, is_tokenizer: Callable[[str], bool] = lambda stored: False
+    ) -> None:
+        """Raise IdentityError unless equal. `where` names the holder of this identity: a file, a checkpoint.
+
+        other: the model's. is_tokenizer: whether this identity's fingerprint, though another one, is of the model's tokenizer
+            too, as an older engram-lm took it.
+        """
         if self == other:
+            return
+        differences = self.differences(other)
+        if set(differences) == {"tokenizer_fingerprint"} and is_tokenizer(
+            self.facts["tokenizer_fingerprint"]
+        ):
             return
         lines = (
             f"  {key}: {json.dumps(stored)} there, {json.dumps(wanted)} here"
-            for key, (stored, wanted) in self.differences(other).items()
+            for key, (stored, wanted) in differences.items()
         )
         raise IdentityError(
             f"{where} was made for address identity {self.hash}; this model has {other.hash}. "

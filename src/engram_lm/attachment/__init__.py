@@ -29,8 +29,8 @@ from engram_lm.attachment.runtime import MemoryRuntime, recording
 from engram_lm.attachment.structure import find_decoder
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError, ModelError
+from engram_lm.identity import BaseRef, fingerprint_of
 from engram_lm.traces import LayerTrace
-from engram_lm.train.base import BaseRef, fingerprint_of
 from engram_lm.vocab import TokenMap
 
 _ATTRIBUTE = "engram_runtime"

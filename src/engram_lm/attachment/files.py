@@ -25,7 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -36,10 +35,11 @@ from engram_lm.attachment.card import card
 from engram_lm.attachment.placement import Tier
 from engram_lm.attachment.rows import find_rows, packed_name, read_tensors
 from engram_lm.config import MemoryConfig
-from engram_lm.errors import CheckpointError, EngramError, IdentityError
+from engram_lm.errors import CheckpointError, EngramError
+from engram_lm.identity import BaseRef, fingerprint_of, require_base
 from engram_lm.tables import LoggedTable
-from engram_lm.train.base import BaseRef, fingerprint_of, load_base, quiet_libraries, require_base
-from engram_lm.vocab import TokenMap, tokenizer_fingerprint
+from engram_lm.train.base import load_base, quiet_libraries
+from engram_lm.vocab import TokenMap
 
 FORMAT, VERSION = "engram-lm memory", 1
 MANIFEST = "memory.json"
@@ -235,7 +235,7 @@ def _with_memories(
     for entry in manifest["memories"]:
         config = MemoryConfig.from_json(entry["config"])
         token_map = TokenMap.load(directory / f"tokens-{config.name}.bin")
-        _require_tokenizer(tokenizer, token_map, where=directory)
+        token_map.require_tokenizer(tokenizer, where=str(directory))
         attach(base, tokenizer, config, token_map=token_map, base=ref)
     return base
 
@@ -274,7 +274,9 @@ def _load_memory(
     for name, memory in runtime.memories.items():
         for index, (slot, entry) in enumerate(zip(memory.slots, saved[name]["tables"], strict=True)):
             where = f"{directory} (memory {name!r}, block {entry['block']})"
-            slot.scheme.identity.require_equal(Identity(entry["identity_facts"]), where=where)
+            Identity(entry["identity_facts"]).require_equal(
+                slot.scheme.identity, where=where, is_tokenizer=memory.token_map.is_of
+            )
             rows = find_rows(
                 directory, f"{name}-{entry['block']}", entry, slot, save_id=manifest["save_id"], tier=tier,
                 cache_bytes=cache_bytes, row_state=row_state,
@@ -348,21 +350,6 @@ def _damage_named(directory: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error}); copy the directory again, whole."
         ) from error
-
-
-def _require_tokenizer(tokenizer: Any, token_map: TokenMap, *, where: Path) -> None:
-    """IdentityError when the tokenizer is not the one whose ids the addresses were made of. Tokens may have been added."""
-    if tokenizer_fingerprint(tokenizer) == token_map.tokenizer_fingerprint:
-        return
-    make = TokenMap.from_tokenizer if token_map.kind == "compressed" else TokenMap.raw
-    now = make(tokenizer, raw_size=max(token_map.raw_size, TokenMap.raw(tokenizer).raw_size))
-    added = set(tokenizer.get_added_vocab().values())
-    moved = set(np.flatnonzero(now.canonical[: token_map.raw_size] != token_map.canonical).tolist()) - added
-    if moved or token_map.kind == "raw":
-        raise IdentityError(
-            f"The tokenizer in {where} (fingerprint {tokenizer_fingerprint(tokenizer)[:12]}) is not the one the memory was "
-            f"trained with ({token_map.tokenizer_fingerprint[:12]}): its ids mean other text."
-        )
 
 
 def _remove(path: Path) -> None:

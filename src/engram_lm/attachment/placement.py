@@ -15,6 +15,7 @@ from engram_lm.tables.disk import DiskStore
 from engram_lm.tables.layout import Layout
 from engram_lm.tables.store import HostStore, Store
 from engram_lm.tables.stored import StoredTable
+from engram_lm.vocab import TokenMap
 
 Tier = Literal["device", "host", "disk", "cached"]
 
@@ -54,7 +55,7 @@ def use_table(model: nn.Module, block: int, table: Any, *, memory: str = "memory
         raise ConfigError(
             f"{memory!r} has no table at block {block}; it has {[s.block for s in found.slots]}."
         )
-    _require_fit(slot, table)
+    _require_fit(slot, table, found.token_map)
     put_table(slot, table, model=model)
     return model
 
@@ -78,7 +79,7 @@ def open_rows(
     return StoredTable(store_on(tier, open_packed(Path(path)), **options), dtype=dtype)
 
 
-def _require_fit(slot: MemorySlot, table: Any) -> None:
+def _require_fit(slot: MemorySlot, table: Any, token_map: TokenMap) -> None:
     if (table.n_rows, table.width) != (slot.table.n_rows, slot.table.width):
         raise CheckpointError(
             f"Block {slot.block} reads {slot.table.n_rows:,} rows of {slot.table.width} numbers; the table has "
@@ -89,7 +90,11 @@ def _require_fit(slot: MemorySlot, table: Any) -> None:
         from engram_lm.addressing import Identity
 
         try:
-            slot.scheme.identity.require_equal(Identity(facts), where=f"The table for block {slot.block}")
+            Identity(facts).require_equal(
+                slot.scheme.identity,
+                where=f"The table for block {slot.block}",
+                is_tokenizer=token_map.is_of,
+            )
         except KeyError as error:
             raise IdentityError(
                 f"The table for block {slot.block} has an identity without {error}."

@@ -35,8 +35,8 @@ import torch.nn.functional as F
 from engram_lm.attachment import NoiseRows, OtherRows, memories, memory_off, reading
 from engram_lm.attachment.loading import load_any
 from engram_lm.errors import ConfigError, DataError, ModelError, TokenIdError
+from engram_lm.identity import fingerprint_of
 from engram_lm.library.encoding import TextEncoder
-from engram_lm.train.base import fingerprint_of
 
 logger = logging.getLogger(__name__)
 

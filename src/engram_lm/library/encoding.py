@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.vocab import is_marker, tokenizer_fingerprint
+from engram_lm.errors import CheckpointError, ConfigError, IdentityError
+from engram_lm.identity.tokenizers import as_documents_read, first_difference, print_of
+from engram_lm.identity.writings import first_print
 
 FILE = "tokenizer.json"
 
@@ -30,7 +31,7 @@ class TextEncoder:
         self.backend.encode_special_tokens = True
         self.backend.no_truncation()
         self.backend.no_padding()
-        self._splitting = _all_special(self.backend)
+        self._splitting = as_documents_read(self.backend)
 
     @classmethod
     def of(cls, tokenizer: Any) -> "TextEncoder":
@@ -55,8 +56,33 @@ class TextEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """`vocab.tokenizer_fingerprint`."""
-        return tokenizer_fingerprint(self.backend)
+        """`TokenizerPrint.text`: which ids a document gets."""
+        return print_of(self.backend).text
+
+    @cached_property
+    def first_print(self) -> str:
+        """What the manifest of an index says of its tokenizer: a hash of how that is written down."""
+        return first_print(json.loads(self.backend.to_str()))
+
+    def _require_manifest(self, store: Any) -> None:
+        """IdentityError where an index holds another tokenizer's ids than the tokenizer.json beside them."""
+        if store.tokenizer != self.first_print and not print_of(self.backend).is_the_one_of(store.tokenizer):
+            raise IdentityError(
+                f"{FILE} in {store.directory} is not the tokenizer that its documents were indexed with "
+                f"({self.first_print[:12]}, wanted {store.tokenizer[:12]}): it was exchanged. Put the right one back, or "
+                "index the texts anew."
+            )
+
+    def _require(self, tokenizer: Any, *, where: str) -> None:
+        """IdentityError unless another tokenizer gives every text the same ids, markers read as letters."""
+        if print_of(tokenizer).text == self.fingerprint:
+            return
+        text = first_difference(self.backend, tokenizer)
+        example = "" if text is None else f", {text!r} for one becomes other ids"
+        raise IdentityError(
+            f"{where} holds tokens of another tokenizer than this model's{example}: the same numbers are other words. Make "
+            "an index for this model: engram-lm index create NEW --model MODEL."
+        )
 
     @cached_property
     def vocab_size(self) -> int:
@@ -89,16 +115,23 @@ class TextEncoder:
         os.replace(beside, path)
 
 
-def _all_special(backend: Any) -> Any:
-    """The tokenizer with its markers flagged as special, so that they are split; the same one where they are already."""
-    added = backend.get_added_tokens_decoder().values()
-    if all(token.special or not is_marker(token.content) for token in added):
-        return backend
-    from tokenizers import Tokenizer
+def encoder_of(store: Any, tokenizer: Any = None) -> TextEncoder:
+    """The encoder of an index: the tokenizer.json in its directory, else the caller's tokenizer.
 
-    facts = json.loads(backend.to_str())
-    for token in facts["added_tokens"]:
-        token["special"] = token["special"] or is_marker(token["content"])
-    splitting = Tokenizer.from_str(json.dumps(facts))
-    splitting.encode_special_tokens = True
-    return splitting
+    IdentityError where that file is not what the documents were indexed with, and where the caller's tokenizer gives a text
+    other ids.
+    """
+    directory = Path(store.directory)
+    if tokenizer is None or (directory / FILE).exists():
+        own = TextEncoder.of(directory)
+        own._require_manifest(store)
+        if tokenizer is not None:
+            own._require(tokenizer, where=str(directory))
+        return own
+    found = print_of(tokenizer)
+    if not found.is_the_one_of(store.tokenizer):
+        raise IdentityError(
+            f"{directory} holds tokens of the tokenizer {store.tokenizer[:12]}; yours is {found.text[:12]}. The same numbers "
+            "are other words: use its tokenizer, or index the texts anew."
+        )
+    return TextEncoder.of(tokenizer)

@@ -12,7 +12,7 @@ from engram_lm.errors import CheckpointError, ConfigError, DataError
 from engram_lm.index.manifest import MANIFEST
 from engram_lm.index.segment import Document
 from engram_lm.index.store import PUBLIC, Store
-from engram_lm.library.encoding import TextEncoder
+from engram_lm.library.encoding import TextEncoder, encoder_of
 from engram_lm.library.texts import FILE_HASH, FOLDER, Text, file_hash, find_below, folder_name, texts_of
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Library:
         """Make an empty index for texts of a tokenizer (see `TextEncoder.of`). options: of `Store.create`."""
         encoder = TextEncoder.of(tokenizer)
         store = Store.create(
-            directory, vocab_size=encoder.vocab_size, tokenizer=encoder.fingerprint, **options
+            directory, vocab_size=encoder.vocab_size, tokenizer=encoder.first_print, **options
         )
         try:
             encoder.save(Path(directory))
@@ -102,11 +102,16 @@ class Library:
     def open(
         cls, directory: str | os.PathLike, mode: Literal["read", "write"] = "read", *, tokenizer: Any = None, **options: Any
     ) -> "Library":  # fmt: skip
-        """Open an index. tokenizer: the caller's, where the directory holds none or must be for this one."""
+        """Open an index, read by the tokenizer in its directory. tokenizer: the caller's, for which the index must be; it
+        reads an index whose directory holds none."""
         if not (Path(directory) / MANIFEST).exists():
             raise CheckpointError(f"{directory} holds no index. Make one: engram-lm index create.")
-        encoder = TextEncoder.of(directory if tokenizer is None else tokenizer)
-        return cls(Store.open(directory, mode, tokenizer=encoder.fingerprint, **options), encoder)
+        store = Store.open(directory, mode, **options)
+        try:
+            return cls(store, encoder_of(store, tokenizer))
+        except BaseException:
+            store.close()
+            raise
 
     def __enter__(self) -> "Library":
         return self

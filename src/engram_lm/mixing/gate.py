@@ -27,7 +27,9 @@ from engram_lm.errors import CheckpointError, ConfigError, IdentityError
 from engram_lm.mixing.features import NAMES, VERSION
 from engram_lm.mixing.mix import Space
 
-FORMAT = "engram-lm gate 1"
+FORMAT = "engram-lm gate 2"
+# 1 names its tokenizer by the first print (identity/writings.py)
+_READ = ("engram-lm gate 1", FORMAT)
 MOST = 0.999
 
 
@@ -185,7 +187,7 @@ class Gate:
         """Read `to_json`'s text; CheckpointError for anything else."""
         try:
             facts = json.loads(text)
-            if facts.pop("format") != FORMAT:
+            if facts.pop("format") not in _READ:
                 raise ValueError("it is of another format")
             known = facts.pop("features")
             if known != {"version": VERSION, "names": list(NAMES)}:

@@ -1,4 +1,4 @@
-"""Which model and tokenizer a gate meets, and the token rules that follow from them. Fingerprints are taken once.
+"""Which model and tokenizer a gate meets, and the token rules that follow from them. A model's print is taken once.
 
 rules = rules_of(tokenizer, model, snapshot)
 require_identity(gate, tokenizer=tokenizer, model=model)      # IdentityError
@@ -10,13 +10,14 @@ import weakref
 from typing import TYPE_CHECKING, Any, Literal
 
 from engram_lm.errors import ConfigError
+from engram_lm.identity import fingerprint_of, print_of
 from engram_lm.mixing.gate import Lambda
 from engram_lm.mixing.mix import TokenRules, token_rules
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
 
-# object -> (what must not have changed, fingerprint): half a second for a tokenizer, a tenth for a small model
+# model -> (versions of its parameters, fingerprint): a tenth of a second for a small model
 _known: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
 
 
@@ -41,35 +42,29 @@ def rules_of(
 def require_identity(gate: Lambda, *, tokenizer: Any, model: Any) -> None:
     """IdentityError where the gate was fitted for another tokenizer or model; None leaves one unchecked."""
     gate.require(
-        tokenizer=tokenizer_print(tokenizer)
-        if tokenizer is not None and getattr(gate, "tokenizer", "")
-        else None,
+        tokenizer=None if tokenizer is None else as_the_gate_says(gate, tokenizer),
         model=model_print(model) if model is not None and getattr(gate, "model", "") else None,
     )
 
 
-def tokenizer_print(tokenizer: Any) -> str:
-    """`vocab.tokenizer_fingerprint`, remembered while the tokenizer has as many tokens."""
-    from engram_lm.vocab import tokenizer_fingerprint
-
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    return _remembered(tokenizer, backend.get_vocab_size(), tokenizer_fingerprint)
+def as_the_gate_says(gate: Lambda, tokenizer: Any) -> str | None:
+    """What `Lambda.require` is to compare: the gate's own words where they name this tokenizer, however they were taken; the
+    tokenizer's print where they do not; None where the gate names none."""
+    stored = getattr(gate, "tokenizer", "")
+    if not stored:
+        return None
+    found = print_of(tokenizer)
+    return stored if found.is_the_one_of(stored) else found.text
 
 
 def model_print(model: Any) -> str:
-    """`train.base.fingerprint_of`, remembered while no parameter is written to."""
-    from engram_lm.train.base import fingerprint_of
-
+    """`identity.fingerprint_of`, remembered while no parameter is written to."""
     state = tuple((id(parameter), parameter._version) for parameter in model.parameters())
-    return _remembered(model, state, fingerprint_of)
-
-
-def _remembered(thing: Any, state: Any, take: Any) -> str:
     try:
-        before = _known.get(thing)
+        before = _known.get(model)
     except TypeError:  # cannot be referred to weakly, or is not hashable
-        return take(thing)
+        return fingerprint_of(model)
     if before is None or before[0] != state:
-        before = state, take(thing)
-        _known[thing] = before
+        before = state, fingerprint_of(model)
+        _known[model] = before
     return before[1]

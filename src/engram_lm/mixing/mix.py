@@ -21,8 +21,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from engram_lm.errors import ConfigError
+from engram_lm.identity.tokenizers import is_marker
 from engram_lm.mixing import onepass
-from engram_lm.vocab import is_marker
 
 Space = Literal["linear", "log"]
 

@@ -41,6 +41,14 @@ class Expected:
     schemes: Mapping[int, AddressScheme] = field(default_factory=dict)
     identities: Mapping[int, dict[str, Any]] = field(default_factory=dict)
     why: str = ""
+    token_map: Any = None
+
+    def is_identity(self, stored: dict[str, Any], facts: dict[str, Any]) -> bool:
+        """Whether a file's identity is the one wanted; the tokenizer's fingerprint may be of an older engram-lm."""
+        name = "tokenizer_fingerprint"
+        return stored == facts or (
+            {**stored, name: None} == {**facts, name: None} and self.token_map.is_of(stored.get(name))
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +117,9 @@ def expect(directory: Path, tables: Mapping[Key, Layout], *, profile: str | None
         tokenizer_fingerprint=token_map.tokenizer_fingerprint,
     )
     told["schemes"] = {s.layer: s for s in schemes}
-    return Expected(**told, identities={s.layer: dict(s.identity.facts) for s in schemes})
+    return Expected(
+        **told, token_map=token_map, identities={s.layer: dict(s.identity.facts) for s in schemes}
+    )
 
 
 def _facts(directory: Path, tables: Mapping[Key, Layout], profile: str | None) -> _Facts | None:

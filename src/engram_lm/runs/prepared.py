@@ -40,8 +40,11 @@ class Prepared(NamedTuple):
     trained_parameters: int
 
 
-def prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) -> Prepared:
-    """Load and check everything. checkpoint: what a scratch base's tokenizer is taken from, instead of made anew."""
+def prepare(
+    config: TrainConfig, checkpoint: Path | None, progress: Progress, *, corpus: str | None = None
+) -> Prepared:
+    """Load and check everything. checkpoint: what a scratch base's tokenizer is taken from, instead of made anew. corpus: the
+    fingerprint of the text that the run was begun on."""
     set_seed(config.seed)
     own = {}
     if config.is_scratch:
@@ -58,14 +61,15 @@ def prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) ->
         raise ConfigError(
             f"sequence_length is {config.sequence_length}; {config.base} takes at most {longest} tokens."
         )
-    corpus = tokenise(
+    read = tokenise(
         list(config.data),
         tokenizer=tokenizer,
+        known=corpus,
         field=config.field,
         txt_documents=config.txt_documents,
         progress=_tokenising(progress),
     )
-    train_part, held_out = _split(corpus, config)
+    train_part, held_out = _split(read, config)
     per_step = config.batch_size * config.accumulation
     per_epoch = len(train_part) // per_step
     if not per_epoch:
@@ -76,7 +80,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) ->
     steps = per_epoch * config.epochs
     config = config.resolved(n_blocks=len(decoder.blocks), steps=steps)
     progress.say(
-        f"text: {corpus.tokens:,} tokens in {len(corpus):,} documents; "
+        f"text: {read.tokens:,} tokens in {len(read):,} documents; "
         f"{per_epoch * config.tokens_per_step:,} to train on"
         + (f" x {config.epochs} epochs" if config.epochs > 1 else "")
         + (f", {held_out.tokens:,} held out" if held_out else ", none held out")
@@ -107,7 +111,7 @@ def prepare(config: TrainConfig, checkpoint: Path | None, progress: Progress) ->
         model=model,
         tokenizer=tokenizer,
         base=base,
-        corpus=corpus,
+        corpus=read,
         train=Subset(train_part, range(per_epoch * per_step)),
         held_out=measured,
         held_out_tokens=len(measured) * config.sequence_length if measured else 0,

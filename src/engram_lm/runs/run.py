@@ -78,7 +78,7 @@ def train(
     begin_s = time.perf_counter()
     begun = _begun(out, earlier)
     checkpoint = last_checkpoint(out / CHECKPOINTS) if begun else None
-    prepared = prepare(config, checkpoint, progress)
+    prepared = prepare(config, checkpoint, progress, corpus=begun["corpus"] if begun else None)
     config = prepared.config
     if begun:
         _require_same(out, begun, prepared)

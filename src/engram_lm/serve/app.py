@@ -202,9 +202,10 @@ def _add_model(app: FastAPI, service: Service) -> None:
     )
     async def generate(body: m.GenerateRequest, request: Request) -> Response:
         """Go on with a prompt, an event a line: queued while others compute, start, token after token, done or error."""
-        from engram_lm.serve.generating import generate
+        from engram_lm.serve.generating import generate, require_possible
 
         loaded = service.require_ready()
+        require_possible(loaded, service.mixed, body)
 
         def work(job: Any) -> None:
             generate(loaded, service.mixed, body, emit=job.emit)

@@ -47,7 +47,7 @@ class Demo:
         paths = sorted(self.documents.glob("*.md"))
         texts = [path.read_text(encoding="utf8") for path in paths]
         store = Store.create(
-            directory, vocab_size=encoder.vocab_size, tokenizer=encoder.fingerprint, merging="by hand"
+            directory, vocab_size=encoder.vocab_size, tokenizer=encoder.first_print, merging="by hand"
         )
         with Library(store, encoder) as library:
             encoder.save(directory)

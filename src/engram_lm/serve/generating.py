@@ -28,6 +28,14 @@ CONTINUATION = "{text}\n\n{prompt}"
 MOST_LAMBDA = 0.999
 
 
+def require_possible(loaded: Loaded, mixed: Mixed | None, asked: GenerateRequest) -> None:
+    """Refusal of what this server cannot do, for a request that has not waited yet."""
+    if asked.max_tokens > loaded.limits.new_tokens:
+        raise Refusal(422, f"max_tokens is at most {loaded.limits.new_tokens} here; got {asked.max_tokens}.")
+    if asked.arm != "alone" and mixed is None:
+        raise Refusal(422, "This server has no index; start it with --index DIR.")
+
+
 def generate(
     loaded: Loaded, mixed: Mixed | None, asked: GenerateRequest, *, emit: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
@@ -36,10 +44,7 @@ def generate(
     from engram_lm.show.speaking import View, speak
 
     begun = time.perf_counter()
-    if asked.max_tokens > loaded.limits.new_tokens:
-        raise Refusal(422, f"max_tokens is at most {loaded.limits.new_tokens} here; got {asked.max_tokens}.")
-    if asked.arm != "alone" and mixed is None:
-        raise Refusal(422, "This server has no index; start it with --index DIR.")
+    require_possible(loaded, mixed, asked)
     prompt, retrieved = asked.prompt, []
     if asked.arm == "retrieval":
         prompt, retrieved = _with_passages(mixed, asked)

@@ -38,7 +38,7 @@ class Shelf:
         if not (directory / MANIFEST).exists():
             raise CheckpointError(f"{directory} holds no index. Make one: engram-lm index create.")
         self.directory = directory
-        self.library = Library(Store.open(directory, tokenizer=encoder.fingerprint), encoder)
+        self.library = Library.open(directory, tokenizer=encoder.backend)
         self._listed: tuple[Snapshot, list[tuple[str, int, int]]] | None = None
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class Shelf:
 
     def _writing(self) -> Store:
         return Store.open(
-            self.directory, "write", tokenizer=self.library.encoder.fingerprint, merging="by hand",
+            self.directory, "write", tokenizer=self.library.store.tokenizer, merging="by hand",
             wait_seconds=LOCK_SECONDS,
         )  # fmt: skip
 

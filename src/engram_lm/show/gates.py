@@ -21,10 +21,11 @@ def fit_command(
         raise ConfigError(f"{out} exists already; name another file.")
     if texts < 2:
         raise ConfigError(f"A gate is fitted on at least 2 texts of each kind; got --texts {texts}.")
+    from engram_lm.identity import print_of
     from engram_lm.library import Library
     from engram_lm.mixing import calibrate, collect, fit_gate, rules_of
     from engram_lm.mixing.gate import Reading
-    from engram_lm.mixing.identity import model_print, tokenizer_print
+    from engram_lm.mixing.identity import model_print
     from engram_lm.mixing.trained import fingerprints
     from engram_lm.progress import Progress
     from engram_lm.show.indexed import load_any
@@ -49,7 +50,7 @@ def fit_command(
     }  # fmt: skip
     gate = calibrate(
         fit_gate(
-            fit, general_weight=2.0, reading=reading, tokenizer=tokenizer_print(tokenizer), model=model_print(model),
+            fit, general_weight=2.0, reading=reading, tokenizer=print_of(tokenizer).text, model=model_print(model),
             model_name=name, seed=seed, trained_on=trained_on,
         ),
         held,

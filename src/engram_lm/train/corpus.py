@@ -1,6 +1,6 @@
 """A tokenised corpus: every document's ids one after another in one file, read from the cache the second time.
 
-The cache key is a sha256 over the files' bytes, how they are read, the tokenizer's fingerprint and the end id; names
+The cache key is a sha256 over the files' bytes, how they are read, the tokenizer's print and the end id; names
 and dates do not count. Special tokens spelled out in a text are cut like any other text: documents cannot make control
 tokens. A document longer than a million characters is tokenised in pieces, cut before a line break.
 
@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engram_lm.cache import built_once, cache_directory
 from engram_lm.errors import CheckpointError, ConfigError, DataError
-from engram_lm.train.cache import built_once, cache_directory
+from engram_lm.identity import TokenizerPrint, print_of
+from engram_lm.identity.writings import first_prints
 from engram_lm.train.text import Document, Files, TxtDocuments, find_files, kind_of, read_documents
-from engram_lm.vocab import tokenizer_fingerprint
 
 # Characters in a piece, and in a batch: enough for every core, little enough to hold.
 _PIECE_CHARS = 1_000_000
@@ -116,9 +117,14 @@ def tokenise(
     field: str = "text",
     txt_documents: TxtDocuments = "file",
     end_id: int | None = None,
+    known: str | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Corpus:
-    """Tokenise every document, `end_id` (the tokenizer's eos) after each; from the cache where it was done before."""
+    """Tokenise every document, `end_id` (the tokenizer's eos) after each; from the cache where it was done before.
+
+    known: the fingerprint that an earlier run holds; the corpus keeps it where it is of this text and this tokenizer, by
+        whichever engram-lm it was taken.
+    """
     end_id = tokenizer.eos_token_id if end_id is None else end_id
     if end_id is None:
         raise ConfigError("the tokenizer has no eos token to put between documents; name one with end_id=")
@@ -126,14 +132,7 @@ def tokenise(
         raise ConfigError(f"end_id {end_id} is outside the tokenizer's {len(tokenizer)} ids")
     paths = find_files(files)
     how = {"format": _FORMAT, "field": field, "txt_documents": txt_documents, "end_id": end_id}
-    key = hashlib.sha256(json.dumps(how, sort_keys=True).encode())
-    key.update(tokenizer_fingerprint(tokenizer).encode())
-    for path in paths:
-        with open(path, "rb") as file:
-            key.update(
-                f"{kind_of(path)}{path.suffix} ".encode() + hashlib.file_digest(file, "sha256").digest()
-            )
-    fingerprint = key.hexdigest()
+    fingerprint = _fingerprint(how, print_of(tokenizer), _of_files(paths), known)
 
     def build(directory: Path) -> None:
         documents = read_documents(paths, field=field, txt_documents=txt_documents)
@@ -144,6 +143,31 @@ def tokenise(
         )
 
     return Corpus.open(built_once(cache_directory() / "corpora" / fingerprint[:32], build=build))
+
+
+def _of_files(paths: list[Path]) -> bytes:
+    """Their kinds and bytes, one after another; names and places are not part of it."""
+    found = b""
+    for path in paths:
+        with open(path, "rb") as file:
+            found += f"{kind_of(path)}{path.suffix} ".encode() + hashlib.file_digest(file, "sha256").digest()
+    return found
+
+
+def _fingerprint(how: dict[str, Any], tokenizer: TokenizerPrint, files: bytes, known: str | None) -> str:
+    """The cache key. One that is `known`, or stands in the cache, under an earlier print of this tokenizer is kept."""
+
+    def key(of_tokenizer: str) -> str:
+        text = json.dumps(how, sort_keys=True).encode() + of_tokenizer.encode()
+        return hashlib.sha256(text + files).hexdigest()
+
+    cache, new = cache_directory() / "corpora", key(tokenizer.all)
+    if known == new or (known is None and ((cache / new[:32]).is_dir() or not cache.is_dir())):
+        return new
+    for old in map(key, first_prints(tokenizer)):
+        if old == known or (known is None and (cache / old[:32]).is_dir()):
+            return old
+    return new
 
 
 def _write(

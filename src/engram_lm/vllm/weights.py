@@ -1,4 +1,4 @@
-"""Which checkpoint vLLM serves, from its files: the fingerprint that gates are fitted for (`train.base.fingerprint_of`).
+"""Which checkpoint vLLM serves, from its files: the fingerprint that gates are fitted for (`identity.fingerprint_of`).
 
 vLLM gives a logits processor no way to the weights, and its own are fused and split. So the checkpoint's safetensors
 files are read instead, a few values of every row. Their names and shapes are those of transformers' parameters for
@@ -23,7 +23,7 @@ _OR = "Use a fixed lambda (ENGRAM_LAMBDA), or take the gate unchecked with ENGRA
 
 def fingerprint_of_checkpoint(model: str, *, revision: str | None = None) -> str:
     """Of a directory, or of a hub's model that is in the local cache. IdentityError where there are no files to read."""
-    from engram_lm.train.base import fingerprint_of
+    from engram_lm.identity import fingerprint_of
 
     directory = Path(model) if Path(model).is_dir() else _in_cache(model, revision)
     files = sorted(directory.glob("*.safetensors"))
