@@ -43,6 +43,11 @@ if torch is not None:
     torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("inductor") and torch is not None and " " in torch.__file__:
+        pytest.skip("torch's inductor writes its own path unquoted into a linker line, and this path has a blank")
+
+
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
     """Every test starts from the same generators, whatever ran before it."""

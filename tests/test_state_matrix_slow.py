@@ -11,7 +11,11 @@ from matrix import ON_REAL_MODELS, WAYS, broken, passes, run, text, verdict
 pytestmark = pytest.mark.slow
 
 EAGER = [name for name, way in WAYS.items() if not way.compiled]
-COMPILED = [name for name, way in WAYS.items() if way.compiled]
+COMPILED = [
+    pytest.param(name, marks=pytest.mark.inductor) if "inductor" in name else name
+    for name, way in WAYS.items()
+    if way.compiled
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
