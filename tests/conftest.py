@@ -45,7 +45,9 @@ if torch is not None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("inductor") and torch is not None and " " in torch.__file__:
-        pytest.skip("torch's inductor writes its own path unquoted into a linker line, and this path has a blank")
+        pytest.skip(
+            "torch's inductor writes its own path unquoted into a linker line, and this path has a blank"
+        )
 
 
 @pytest.fixture(autouse=True)

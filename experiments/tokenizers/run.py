@@ -8,6 +8,7 @@ base of that name, a GGUF file. Writes results.json beside this file and draws t
 """
 
 import json
+import re
 import sys
 import tempfile
 from importlib import metadata
@@ -72,10 +73,11 @@ def table(rows):
             "ABCDEFGH"[list(dict.fromkeys(other[kind] for other in of_one)).index(row[kind])]
             for kind in ("text", "all")
         ]
-        differs = row.get("differs on", "")
-        example = f"`{json.dumps(differs, ensure_ascii=False)}`" if differs else ""
-        if len(differs) > 20:
-            example = f"{len(differs)} blanks" if not differs.strip(" ") else f"{example[:28]}…`"
+        differs = row.get("differs on") or ""
+        example = re.sub(
+            r" {8,}", lambda run: f"({len(run[0])} blanks)", json.dumps(differs, ensure_ascii=False)
+        )
+        example = f"`{example}`" if differs else ""
         lines.append(f"| {row['tokenizer']} | {row['way']} | {letters[0]} | {letters[1]} | {example} |")
     return "\n".join(lines) + "\n"
 

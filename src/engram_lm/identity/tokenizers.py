@@ -106,9 +106,13 @@ def without_tokens_since(found: TokenizerPrint, n_tokens: int) -> TokenizerPrint
 
 
 def first_difference(one: Any, other: Any) -> str | None:
-    """A short text that two tokenizers give other ids, read as documents are; None where none of the probe's does."""
-    texts = sorted(probe(), key=lambda text: (not text.isascii(), not text.strip(), len(text)))
+    """A short text that two tokenizers give other ids, read as documents are; None where neither an added token nor a text of
+    the probe gets any."""
     read = [as_documents_read(backend_of(tokenizer)) for tokenizer in (one, other)]
+    added = {token.content for reader in read for token in reader.get_added_tokens_decoder().values()}
+    texts = sorted(
+        {*probe(), *added}, key=lambda text: (not text.isascii(), not text.strip(), len(text), text)
+    )
     for first, second, text in zip(*(_encode(backend, texts) for backend in read), texts, strict=True):
         if first != second:
             return text
