@@ -9,6 +9,9 @@ it is not: a proof. Tokenizers that differ on a rare run of letters alone can ag
     code and prose   eight languages of programming and markup, figures, contractions, emoji, case, signs that do not show
     blanks           runs of 1 to 32 blanks, tabs and line ends: alone, first, last and in the middle
 
+No text begins with a blank. Two writings of one SentencePiece tokenizer are about in the world, the file's and the one that
+transformers rebuilds from it, which differ there (whether a further blank is put in front) and nowhere else.
+
     for text in probe(): ...
 """
 
@@ -47,9 +50,9 @@ def probe() -> tuple[str, ...]:
         for n in _RUNS:
             run = blank * n
             texts += [run, f"{run}a", f"a{run}", f"a{run}b", f"1{run}2", f".{run}."]
-    texts += [" \n \n", "\n \t\n", "a \n b", "a\n\n\n b", "\r\r\n", "a\t b \t", " \u00a0 a"]
+    texts += ["\n \t\n", "a \n b", "a\n\n\n b", "\r\r\n", "a\t b \t", "\u00a0 \u00a0 a"]
     texts += [chr(byte) * 2 for byte in range(256)]
-    return tuple(texts)
+    return tuple(text for text in texts if not text.startswith(" "))
 
 
 def code_points(written: str) -> list[str]:
