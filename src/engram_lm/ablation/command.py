@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.ablation.plan import Plan, arms_of
-from engram_lm.errors import ConfigError, MissingExtraError
+from engram_lm.errors import ConfigError
+from engram_lm.extras import missing
 from engram_lm.runs.command import numbers
 from engram_lm.runs.config import TrainConfig, read_options
 
@@ -50,9 +51,7 @@ def ablate_command(given: dict[str, Any]) -> int:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f'ablate needs torch, transformers, peft and matplotlib ({error}): pip install "engram-lm[hf]"'
-        ) from error
+        raise missing(f"ablate needs torch, transformers, peft and matplotlib ({error})", "hf") from error
     from engram_lm.ablation.run import ablate
     from engram_lm.runs.progress import shown_progress
 

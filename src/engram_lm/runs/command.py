@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import ConfigError, MissingExtraError
+from engram_lm.errors import ConfigError
+from engram_lm.extras import missing
 from engram_lm.runs.config import TrainConfig, read_options
 
 _FINISHED, _INTERRUPTED = 0, 130
@@ -43,9 +44,7 @@ def train_command(given: dict[str, Any]) -> int:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            'training needs torch and transformers: pip install "engram-lm[hf]"'
-        ) from error
+        raise missing(f"Training needs torch and transformers ({error})", "hf") from error
     from engram_lm.runs.progress import shown_progress
     from engram_lm.runs.run import told, train
 

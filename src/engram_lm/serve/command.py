@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.errors import ConfigError, EngramError, MissingExtraError
+from engram_lm.errors import ConfigError, EngramError
+from engram_lm.extras import missing
 from engram_lm.serve.refusals import LOG
 
 if TYPE_CHECKING:
@@ -52,9 +53,7 @@ def serve_command(
         from engram_lm.serve.app import create_app
         from engram_lm.serve.service import Service
     except ImportError as error:
-        raise MissingExtraError(
-            f'the page needs fastapi and uvicorn ({error}): pip install "engram-lm[serve]"'
-        ) from error
+        raise missing(f"The page needs fastapi and uvicorn ({error})", "serve") from error
     access = Access.of(host, key=key or os.environ.get(KEY_VARIABLE) or None, names=names)
     preparing = Preparing(steps, model=model, index=index, gate=gate, lam=lam, quiz=quiz)
     if prepare_only:
@@ -166,9 +165,7 @@ class Preparing:
             import torch  # noqa: F401
             import transformers  # noqa: F401
         except ImportError as error:
-            raise MissingExtraError(
-                f'a model needs torch and transformers ({error}): pip install "engram-lm[hf]"'
-            ) from error
+            raise missing(f"A model needs torch and transformers ({error})", "hf") from error
         steps.say("torch and transformers are loaded")
         name = str(demo.memory) if demo else str(self.model)
         service.loaded = loaded = load(name, limits=service.limits)

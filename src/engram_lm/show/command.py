@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.extras import missing
 from engram_lm.show.heat import ColourWish, Quantity, Scale, legend, paint, wants_colour
 
 SESSION_TOKENS = 4096  # of prompt and output that a session remembers
@@ -242,7 +243,5 @@ def load(directory: Path, **placement: Any) -> tuple[Any, Any]:
     try:
         from engram_lm.attachment.loading import load_with_memory
     except ImportError as error:
-        raise MissingExtraError(
-            f'a model with memory needs torch and transformers ({error}): pip install "engram-lm[hf]"'
-        ) from error
+        raise missing(f"A model with memory needs torch and transformers ({error})", "hf") from error
     return load_with_memory(directory, **placement)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import engram_lm
-from engram_lm.errors import CheckpointError, MissingExtraError
+from engram_lm.errors import CheckpointError
+from engram_lm.extras import missing
 from engram_lm.show.command import console, scale_for, write_heat
 from engram_lm.show.heat import ColourWish, Scale, legend, wants_colour
 
@@ -35,9 +36,7 @@ def demo_command(*, memory: Path | None, max_new_tokens: int, color: ColourWish)
         from engram_lm.attachment.files import read_manifest
         from engram_lm.train.base import load_base, quiet_libraries
     except ImportError as error:
-        raise MissingExtraError(
-            f'the demo needs torch and transformers ({error}): pip install "engram-lm[hf]"'
-        ) from error
+        raise missing(f"The demo needs torch and transformers ({error})", "hf") from error
     clock.say("torch and transformers are loaded")
     manifest = read_manifest(directory)
     base = None

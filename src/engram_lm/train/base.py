@@ -25,7 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from engram_lm.errors import CheckpointError, ConfigError, IdentityError, MissingExtraError, ModelError
+from engram_lm.errors import CheckpointError, ConfigError, IdentityError, ModelError
+from engram_lm.extras import missing
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +86,7 @@ def load_base(
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError('a base needs torch and transformers: pip install "engram-lm[hf]"') from error
+        raise missing("A base needs torch and transformers", "hf") from error
 
     start = time.perf_counter()
     wanted = _dtype(dtype)

@@ -20,7 +20,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.extras import missing
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -103,9 +104,7 @@ def build_model(recipe: Recipe, *, tokenizer: Any, seed: int = 0) -> LlamaForCau
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise MissingExtraError(
-            'from-scratch models need torch and transformers: pip install "engram-lm[hf]"'
-        ) from error
+        raise missing("From-scratch models need torch and transformers", "hf") from error
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -159,9 +158,7 @@ def _train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     try:
         from transformers import PreTrainedTokenizerFast
     except ImportError as error:
-        raise MissingExtraError(
-            'from-scratch tokenizers need transformers: pip install "engram-lm[hf]"'
-        ) from error
+        raise missing("From-scratch tokenizers need transformers", "hf") from error
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())

