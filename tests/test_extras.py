@@ -1,7 +1,10 @@
 """The sentence about an extra that is not installed: its command is right for a clone, a wheel and an sdist."""
 
 import ast
+import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError
@@ -57,7 +60,8 @@ def test_pip_is_the_one_of_this_python(tmp_path, monkeypatch):
 
 def extras_named_in_source():
     for path in sorted((ROOT / "src").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        text = path.read_text(encoding="utf8")
+        for node in ast.walk(ast.parse(text)) if "missing(" in text else ():
             if (
                 isinstance(node, ast.Call)
                 and getattr(node.func, "id", "") == "missing"
@@ -86,3 +90,68 @@ def test_nothing_says_that_an_index_has_engram_lm(pattern):
         if ".whl" not in match[0]
     ]
     assert found == []
+
+
+BASE_INSTALL = """
+import contextlib, io, json, os, sys
+for name in "torch transformers safetensors gguf peft matplotlib fastapi uvicorn bm25s markitdown".split():
+    sys.modules[name] = None
+from engram_lm import cli
+from engram_lm.train import smollm2
+def fetched(*given, **options):
+    raise AssertionError("something was fetched")
+smollm2.download_wheel = fetched
+told = []
+for line in json.load(sys.stdin):
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
+        code = cli.run(line)
+    told.append([code, error.getvalue().splitlines()])
+json.dump(told, sys.stdout)
+"""
+
+# Command lines of an installation without extras, and the extra that each is answered with; none: it works.
+WITHOUT_EXTRAS = {
+    "index create notes --model model": None,
+    "index add notes text.txt": None,
+    "index search notes leave": None,
+    "index add notes paper.pdf": "documents",
+    "index create other --model smollm2": "hf",
+    "generate MEMORY text": "hf",
+    "generate smollm2 text --index notes": "hf",
+    "trace MEMORY text": "hf",
+    "demo": "hf",
+    "train smollm2 --data text.txt --out new": "hf",
+    "ablate smollm2 --data text.txt --out new": "hf",
+    "eval smollm2 --text text.txt --out new": "hf",
+    "adapt smollm2 documents --out new": "hf",
+    "gate fit smollm2 --index notes --general text.txt --out gate.json": "hf",
+    "table simulate --tokens text.txt --profile qwen-ple --eos-ids 1 --tokenizer model --plot a.png": "hf",
+    "serve": "serve",
+}
+
+
+def test_an_installation_without_extras_says_which_one_a_command_needs(tmp_path):
+    from engram_lm.demo import memory
+    from engram_lm.train.recipes import byte_backend
+
+    (tmp_path / "model").mkdir()
+    byte_backend().save(str(tmp_path / "model" / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("Annual leave is thirty days.\n" * 3)
+    (tmp_path / "paper.pdf").write_bytes(b"%PDF-1.4")
+    (tmp_path / "documents").mkdir()
+    for n in range(2):
+        (tmp_path / "documents" / f"{n}.md").write_text(f"Page {n}.")
+    lines = [
+        [str(memory()) if word == "MEMORY" else word for word in line.split()] for line in WITHOUT_EXTRAS
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", BASE_INSTALL], input=json.dumps(lines), cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"ENGRAM_CACHE": str(tmp_path / "cache")}, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for (line, extra), (code, told) in zip(WITHOUT_EXTRAS.items(), json.loads(done.stdout), strict=True):
+        assert code == (0 if extra is None else 2), (line, told)
+        if extra is not None:
+            assert f'the extra "{extra}" of engram-lm. Install it: ' in told[-1], line
+            assert told[-1].startswith("engram-lm: ")

@@ -22,6 +22,7 @@ from engram_lm.eval.measured import Measured, finished, load, plain, save
 from engram_lm.eval.report import TITLES, report
 from engram_lm.extras import missing
 from engram_lm.progress import Progress
+from engram_lm.train.naming import find_model
 from engram_lm.whole import write_whole
 
 if TYPE_CHECKING:
@@ -79,13 +80,14 @@ class _Step(NamedTuple):
 
 def eval_command(name: str, *, out: Path, options: EvalOptions, overwrite: bool, as_json: bool) -> None:
     """Measure, and write OUT/MEASURE.json and OUT/report.md."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; --out names a directory.")
+    find_model(name)
     inputs = _Inputs.read(options)
     try:
         from engram_lm.eval.subject import Subject
     except ImportError as error:
         raise missing(f"Measuring a model needs torch and transformers ({error})", "hf") from error
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; --out names a directory.")
     subject = Subject.load(name, device=options.device, seed=options.seed)
     steps = _plan(subject, options, inputs)
     _require_one_model(out, steps)

@@ -12,6 +12,7 @@ from typing import Any
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.extras import missing
 from engram_lm.show.heat import ColourWish, Quantity, Scale, legend, paint, wants_colour
+from engram_lm.train.naming import require_memory
 
 SESSION_TOKENS = 4096  # of prompt and output that a session remembers
 
@@ -77,12 +78,14 @@ def generate_command(
         )
     directory = Path(name)
     if index is None:
+        require_memory(name, instead=" To go on without one, mix documents in: --index DIR.")
         model, tokenizer = load(directory, tier=tier, cache_bytes=cache_bytes)
     elif tier != "device":
         raise ConfigError("--tier is not for --index: load the memory's rows on the model's device.")
     else:
-        from engram_lm.show.indexed import Indexed, load_any
+        from engram_lm.show.indexed import Indexed, load_any, require_parts
 
+        require_parts(name, index, gate=gate, lam=lam)
         model, tokenizer = load_any(name)
     from engram_lm.show.speaking import View, prompt_ids, speak
 
@@ -210,6 +213,7 @@ def trace_command(
         raise DataError("The text is empty: there is no token to trace.")
     if limit < 0:
         raise ConfigError(f"limit is a number of tokens, 0 for all; got {limit}.")
+    require_memory(directory)
     model, tokenizer = load(directory)
     import torch
 
