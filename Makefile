@@ -13,7 +13,7 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
     && { echo $$python; break; }; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all lint types bench-core bench-tables bench-index proof figures demo demo-terminal
+.PHONY: help setup test test-all lint types dist bench-core bench-tables bench-index proof figures demo demo-terminal
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ lint: setup ## ruff and import directions
 
 types: setup ## pyrefly; not part of lint, as attributes of torch modules are beyond it
 	$(BIN)/pyrefly check
+
+dist: setup ## sdist and wheel, in dist/
+	$(BIN)/python -m hatchling build
 
 bench-core: setup ## time the core on one thread; the last line is JSON
 	@test -f benchmarks/core.py || { echo "bench-core: benchmarks/core.py is not there yet" >&2; exit 1; }

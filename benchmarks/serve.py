@@ -24,6 +24,8 @@ from pathlib import Path
 from machine import circumstances
 from timing import spread
 
+from engram_lm.demo import documents
+
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "benchmarks" / "results" / "serve.json"
 WISHES = {"ready_s": 15.0, "first_token_ms": 500.0, "trace_ms": 1000.0}
@@ -223,8 +225,8 @@ def main():
         report["first_token"]["prompt_tokens"] = server.generate(prompt=PROMPT, max_tokens=1)[2][
             "prompt_tokens"
         ]
-        text = (ROOT / "demo" / "documents" / "safety.md").read_text(encoding="utf8")
-        text += (ROOT / "demo" / "documents" / "house.md").read_text(encoding="utf8")
+        text = (documents() / "safety.md").read_text(encoding="utf8")
+        text += (documents() / "house.md").read_text(encoding="utf8")
         tokens = server.ask("/api/trace", {"text": text})["tokens"][:200]
         text = "".join(token["text"] for token in tokens)
         bodies = {

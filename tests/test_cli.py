@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from engram_lm import __version__ as engram_lm_version
 from engram_lm import cli
 from engram_lm.errors import IdentityError
 
@@ -54,6 +55,14 @@ def test_help_imports_nothing_heavy(tokens):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("module", ["engram_lm", "engram_lm.cli"])
+def test_the_version_is_printed_with_the_name(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"engram-lm {engram_lm_version}\n"
 
 
 def test_version_names_the_libraries(capsys):

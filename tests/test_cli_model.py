@@ -257,6 +257,10 @@ def test_demo_refuses_prompts_it_cannot_read(saved, capsys):
     (saved / "prompts.json").unlink()
 
 
-def test_demo_without_its_memory_says_where_it_belongs(tmp_path, capsys):
+def test_a_demo_that_is_not_whole_says_so(tmp_path, capsys, monkeypatch):
     assert cli.run(["demo", "--memory", str(tmp_path)]) == 2
-    assert "holds no memory. The demo's memory comes with the clone" in capsys.readouterr().err
+    assert "holds no memory: memory.json is missing" in capsys.readouterr().err
+    monkeypatch.setattr("engram_lm.demo.files", lambda package: tmp_path)
+    for command in ("demo", "serve"):
+        assert cli.run([command]) == 2
+        assert "holds no memory.json: this installation of engram-lm is not whole." in capsys.readouterr().err

@@ -18,7 +18,7 @@ from engram_lm.train import corpus as corpus_module  # noqa: E402
 from engram_lm.train.corpus import Corpus, tokenise  # noqa: E402
 from engram_lm.train.data import NO_LABEL, Blocks, load_data, pack, part_of  # noqa: E402
 from engram_lm.train.recipes import byte_tokenizer  # noqa: E402
-from engram_lm.train.text import find_files, read_documents  # noqa: E402
+from engram_lm.train.text import find_files, read_documents, require_documents  # noqa: E402
 
 TEXTS = ["one\u2028two", "three \u0085 four\r", "日本", "five"]
 END = 0
@@ -121,6 +121,17 @@ def test_what_cannot_be_read_is_named(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         list(read_documents(tmp_path / name))
+
+
+def test_the_beginning_of_every_file_is_enough_to_know_that_it_can_be_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('\n{"body": "x"}\nbroken\n')
+    (tmp_path / "b.txt").write_bytes(b"fine\n" + b"\xff")
+    assert require_documents(tmp_path / "*", field="body") == [tmp_path / "a.jsonl", tmp_path / "b.txt"]
+    with pytest.raises(DataError, match=r"a\.jsonl:2: no field 'text'; there are: 'body'"):
+        require_documents(tmp_path / "*")
+    (tmp_path / "c.jsonl").write_text("\n \n")
+    with pytest.raises(DataError, match=r"c\.jsonl is empty: it holds no document"):
+        require_documents([tmp_path / "b.txt", tmp_path / "c.jsonl"])
 
 
 def test_files_that_are_not_there_are_named(tmp_path):

@@ -92,7 +92,9 @@ def test_what_cannot_be_read_is_named(folder, tmp_path, monkeypatch):
         list(read_texts(["-"]))
     monkeypatch.setitem(sys.modules, "markitdown", None)
     (folder / "paper.pdf").write_bytes(b"%PDF-1.4")
-    with pytest.raises(MissingExtraError, match=r"pip install \"engram-lm\[documents\]\""):
+    with pytest.raises(
+        MissingExtraError, match=r'converted by markitdown, the extra "documents".* install "markitdown'
+    ):
         list(read_texts([folder / "paper.pdf"]))
 
 
@@ -125,7 +127,7 @@ def test_other_formats_go_through_the_converter_which_may_fail(tmp_path, monkeyp
     with pytest.raises(DataError, match=r"b\.docx cannot be converted: no such page"):
         list(read_texts([tmp_path / "b.docx"]))
     (tmp_path / "c.docx").write_bytes(b"missing")
-    with pytest.raises(MissingExtraError, match=r"lacks what \.docx needs: pip install"):
+    with pytest.raises(MissingExtraError, match=r'lacks what \.docx needs, the extra "documents"'):
         list(read_texts([tmp_path / "c.docx"]))
 
 

@@ -172,7 +172,7 @@ def test_without_bm25s_the_extra_is_named(encoder, monkeypatch):
         return plain(name, *rest, **more)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(MissingExtraError, match=r"engram-lm\[retrieval\]"):
+    with pytest.raises(MissingExtraError, match=r'needs bm25s, the extra "retrieval".* install "bm25s'):
         Chooser(snapshot_of(encoder, TEXTS), encoder)
 
 

@@ -115,12 +115,16 @@ def test_a_process_serves_and_stops_when_asked(tiny, number):
 
 @pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path):
-    process = start(str(tmp_path / "nothing"), "--port", "0")
-    out, error = process.communicate(timeout=SECONDS)
-    assert process.returncode == 2
-    assert error.count("\n") == 1
-    assert "nothing" in error
-    assert "loading" in out
+    """One that is not there is said before a port is opened; one that is damaged, while its page says that it loads."""
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{}")
+    for name, listens in (("nothing", False), ("damaged", True)):
+        process = start(str(tmp_path / name), "--port", "0")
+        out, error = process.communicate(timeout=SECONDS)
+        assert process.returncode == 2
+        assert error.count("\n") == 1
+        assert name in error
+        assert ("loading" in out) == listens
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """Training runs: what they leave behind, going on bit for bit after any end, and refusals that touch nothing."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -213,6 +215,8 @@ def test_out_of_time_leaves_a_memory_and_goes_on(finished, text, tmp_path, monke
     assert (outcome.state, outcome.step) == ("out of time", 1)
     assert (tmp_path / "memory.json").exists()
     assert any("go on with: engram-lm train --resume" in line for line in run_module.told(outcome))
+    spaced = dataclasses.replace(outcome, directory=Path("a run"))
+    assert run_module.told(spaced)[-1] == "go on with: engram-lm train --resume --out 'a run'"
     assert cli.run(["train", "--resume", "--out", str(tmp_path)]) == 0
     ends = [load_file(out / "rows-memory-1.safetensors") for out in (finished[0], tmp_path)]
     assert same_tensors(*ends)
@@ -269,7 +273,10 @@ REFUSALS = [
     ({"rule": "adam"}, "Unknown row rule 'adam'"),
     ({"profile": "nobody"}, "Unknown profile 'nobody'"),
     ({"learning_rate": -1}, "learning_rate must be greater than 0"),
-    ({"base": "no/such-model"}, "'no/such-model' is not a base that transformers can load"),
+    (
+        {"base": "no/such-model"},
+        "'no/such-model' is no directory, and not in the hub's cache on this machine",
+    ),
     ({"base": "./nowhere"}, "no such directory"),
     ({"base": "scratch:huge"}, "no recipe is named 'huge'"),
 ]
@@ -283,6 +290,17 @@ def test_refusals_are_one_line_and_leave_nothing(options, told, text, tmp_path, 
     assert last.startswith("engram-lm: ")
     assert told in last
     assert not out.exists()
+
+
+def test_text_is_looked_for_before_a_base_is_loaded(text, tmp_path, monkeypatch):
+    def loaded(*given, **options):
+        raise AssertionError("a base was loaded")
+
+    monkeypatch.setattr("engram_lm.runs.prepared.load_base", loaded)
+    (tmp_path / "empty.txt").write_text("")
+    for name in ("nothing.txt", "empty.txt"):
+        with pytest.raises(DataError, match=name):
+            train(tiny_config(text, data=(str(text), str(tmp_path / name))), out=tmp_path / "out")
 
 
 @pytest.mark.parametrize(

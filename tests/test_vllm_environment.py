@@ -1,5 +1,5 @@
-"""What is promised beside vLLM: errors, config, kernels, vocab, index, mixing and vllm, with vLLM's older numba, numpy and
-transformers. Runs that environment's Python, named by ENGRAM_VLLM_PYTHON (docs/vllm.md says how to make one).
+"""What is promised beside vLLM: errors, extras, config, kernels, vocab, index, mixing and vllm, with vLLM's older numba,
+numpy and transformers. Runs that environment's Python, named by ENGRAM_VLLM_PYTHON (docs/vllm.md says how to make one).
 """
 
 import json
@@ -28,7 +28,7 @@ def modules(name):
         importlib.import_module(found.name)
         yield found.name
 
-loaded = [m for room in ("errors", "config", "kernels", "vocab", "index", "mixing", "vllm", "tenancy")
+loaded = [m for room in ("errors", "extras", "config", "kernels", "vocab", "index", "mixing", "vllm", "tenancy")
           for m in modules("engram_lm." + room)]
 
 import numpy as np, torch

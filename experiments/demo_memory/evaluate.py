@@ -1,6 +1,6 @@
 """What the demo's memory learned: perplexity and facts, memory on and off, on text it saw and text it did not.
 
-    python experiments/demo_memory/evaluate.py --data DATA --memory demo/memory --articles 250
+    python experiments/demo_memory/evaluate.py --data DATA --memory src/engram_lm/demo/memory --articles 250
 
 Writes results.json beside this file. A fact counts when greedy decoding says the whole answer (checked in one forward:
 the arg max at every answer token is the answer). Verbatim prompts are the article's own words, paraphrases are not.

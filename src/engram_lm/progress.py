@@ -6,6 +6,11 @@ import time
 from typing import Any
 
 
+def report_to_stderr(line: str) -> None:
+    """The default of what reports in lines."""
+    sys.stderr.write(line + "\n")
+
+
 class Progress:
     """report(done, total) with `done` of `total` bytes or rows, as often as one likes; `end()` leaves a clean line."""
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.ablation.plan import Plan, arms_of
-from engram_lm.errors import ConfigError, MissingExtraError
+from engram_lm.ablation.run import ablate, require_ready
+from engram_lm.errors import ConfigError
+from engram_lm.extras import missing
 from engram_lm.runs.command import numbers
 from engram_lm.runs.config import TrainConfig, read_options
 
@@ -42,6 +44,7 @@ def ablate_command(given: dict[str, Any]) -> int:
     )
     if minutes is not None and not minutes > 0:
         raise ConfigError(f"minutes must be greater than 0; got {minutes}.")
+    require_ready(plan, out)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
@@ -50,10 +53,7 @@ def ablate_command(given: dict[str, Any]) -> int:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f'ablate needs torch, transformers, peft and matplotlib ({error}): pip install "engram-lm[hf]"'
-        ) from error
-    from engram_lm.ablation.run import ablate
+        raise missing(f"ablate needs torch, transformers, peft and matplotlib ({error})", "hf") from error
     from engram_lm.runs.progress import shown_progress
 
     state = ablate(

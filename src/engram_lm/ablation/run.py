@@ -21,7 +21,8 @@ from engram_lm.ablation.plan import Plan
 from engram_lm.ablation.sizes import Sizes, sizes_of
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.runs.progress import Progress, Quiet
-from engram_lm.train.text import find_files
+from engram_lm.train.naming import find_base
+from engram_lm.train.text import find_files, require_documents
 from engram_lm.whole import write_whole
 
 FORMAT, VERSION = "engram-lm ablation", 1
@@ -39,19 +40,13 @@ def ablate(
     command: str = "",
 ) -> State:
     """Train and measure every arm of `plan` that has no result yet. minutes: stop after so long, with a checkpoint."""
-    from engram_lm.runs.run import alone_in
+    from engram_lm.runs.directory import alone_in
 
     out, progress, begin_s = Path(out), progress or Quiet(), time.perf_counter()
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; --out names a directory.")
-    # a missing file is said before a model is loaded
+    known = require_ready(plan, out)
     files = _digests(plan)
-    known = _common(out)
     if known is not None:
-        _require_same(out, known["options"], plan)
         _require_same_files(out, known.get("files", {}), files)
-    elif out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
-        raise CheckpointError(f"{out} is not empty and holds no ablation; name another --out.")
     sizes = Sizes.from_json(known["sizes"]) if known else sizes_of(plan.shared, train_from=plan.train_from)
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out, "ablate"):
@@ -78,6 +73,22 @@ def ablate(
             if state != "finished":
                 return state
     return "finished"
+
+
+def require_ready(plan: Plan, out: Path) -> dict[str, Any] | None:
+    """ablation.json where `out` holds this ablation, None for a new one. What is not there, or cannot go on, is said without
+    torch: CheckpointError, ConfigError or DataError."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; --out names a directory.")
+    for files in (plan.shared.data, *plan.texts.values()):
+        require_documents(files, field=plan.shared.field)
+    known = _common(out)
+    if known is not None:
+        _require_same(out, known["options"], plan)
+    elif out.is_dir() and any(path.name != ".lock" for path in out.iterdir()):
+        raise CheckpointError(f"{out} is not empty and holds no ablation; name another --out.")
+    find_base(plan.shared.base)
+    return known
 
 
 def read_results(out: Path) -> list[dict[str, Any]]:

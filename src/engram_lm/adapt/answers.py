@@ -19,7 +19,6 @@ from typing import Any
 
 from engram_lm.errors import DataError
 from engram_lm.show.indexed import Indexed
-from engram_lm.show.speaking import prompt_ids, speak
 from engram_lm.train.text import json_lines, read_lines
 
 MOST, TOP = 24, 3
@@ -73,6 +72,9 @@ class Answers:
         self, question: Question, *, passage: str | None = None, arms: Sequence[str] = ARMS
     ) -> list[dict[str, Any]]:
         """passage: a text for the arm "oracle", which reads it in the prompt."""
+        # here, as it brings torch: questions are read and checked without
+        from engram_lm.show.speaking import prompt_ids, speak
+
         rows = []
         for arm in arms:
             begun = time.process_time()

@@ -37,10 +37,15 @@ def adapt_command(
     """Measure, and write OUT/results.json and OUT/report.md."""
     if windows < 1:
         raise ConfigError(f"--windows is 1 or more; got {windows}.")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; --out names a directory.")
     from engram_lm.adapt.answers import read_questions
     from engram_lm.library import read_texts
-    from engram_lm.show.indexed import load_any
+    from engram_lm.show.indexed import load_any, named_gate
+    from engram_lm.train.naming import find_model
 
+    find_model(name)
+    named_gate(gate, lam)
     asked = [] if questions is None else read_questions(questions)
     texts = {text.id: text for text in read_texts(paths)}
     if len(texts) < 2:

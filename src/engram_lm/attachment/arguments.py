@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 
 from engram_lm.attachment.structure import Decoder
 from engram_lm.errors import ModelError, StateError
@@ -77,7 +77,9 @@ def _refuse_hidden_neighbours(mask_BHTK: Tensor, own_T: Tensor, real_BT: Tensor)
 
 
 def refuse_paged(given: dict) -> None:
-    if given.get("cache") is not None or given.get("block_table") is not None:
+    # a paged cache is no Cache of transformers', whichever name that has
+    paged = given.get("cache") is not None and not isinstance(given["cache"], Cache)
+    if paged or given.get("block_table") is not None:
         raise StateError(
             "Continuous batching (generate_batch) keeps its state in a paged cache that memory is no part of. Use generate, "
             "or switch the memory off."

@@ -23,7 +23,7 @@ from engram_lm.attachment.reading import OneRow, Reading
 if TYPE_CHECKING:
     from engram_lm.attachment.memory import Memory, MemorySlot
 
-# Standard deviation of frozen rows: what trained rows have (0.07 and 0.09 in demo/memory).
+# Standard deviation of frozen rows: what trained rows have (0.07 and 0.09 in the demo's memory).
 FROZEN_STD = 0.08
 
 _GAMMA = 0x1E3779B97F4A7C15

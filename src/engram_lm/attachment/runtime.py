@@ -1,6 +1,6 @@
 """One forward of a model with memory: from the ids the decoder was called with to what each block's slot adds.
 
-    decoder(input_ids, attention_mask, position_ids, past_key_values)
+    decoder(input_ids, attention_mask, position_ids, cache)
       before the decoder:  mask, documents, decoding state -> Window -> addresses of every slot of every memory
       before each block:   rows, gate, conv -> hidden + delta
       after the decoder:   a cache that the decoder made for itself gets its memory state
@@ -32,6 +32,7 @@ from engram_lm.attachment.controls import add_bias
 from engram_lm.attachment.memory import Memory, MemorySlot
 from engram_lm.attachment.structure import Decoder
 from engram_lm.errors import ConfigError, ModelError, RowUpdateError, StateError
+from engram_lm.kvcache import cache_in
 from engram_lm.nn import MemoryState, Window
 from engram_lm.nn.cache import find_state, state_of
 from engram_lm.tables.protocol import Ticket
@@ -127,7 +128,7 @@ class MemoryRuntime:
         """Window and addresses of a decoder call with the arguments `given` by name."""
         ids_BT = token_ids(given, given_ids)
         refuse_paged(given)
-        cache = given.get("past_key_values")
+        cache = cache_in(given)
         if isinstance(cache, EncoderDecoderCache) or (cache is not None and not isinstance(cache, Cache)):
             raise StateError(f"Memory keeps its state in a transformers Cache; got {type(cache).__name__}.")
         use_cache = given.get("use_cache")
@@ -162,7 +163,7 @@ class MemoryRuntime:
         call = kwargs.get(CALL)
         if call is None or call.window.state is None or output is None:
             return output
-        if self._given(args, kwargs).get("past_key_values") is not None:
+        if cache_in(self._given(args, kwargs)) is not None:
             return output
         values = output if isinstance(output, tuple) else output.values()
         for value in values:

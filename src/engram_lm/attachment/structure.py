@@ -9,8 +9,10 @@ import inspect
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from engram_lm.errors import ModelError
+from engram_lm.kvcache import cache_name
 
 
 class Decoder(NamedTuple):
@@ -53,9 +55,9 @@ def find_decoder(model: nn.Module) -> Decoder:
         raise ModelError(
             f"{type(module).__name__}.forward takes no **kwargs, so memory cannot hand the token ids to its blocks."
         )
-    if "past_key_values" not in inspect.signature(module.forward).parameters:
+    if cache_name(module.forward) is None or not _counts_tokens(text_config):
         raise ModelError(
-            f"{type(module).__name__}.forward takes no past_key_values: it keeps its state in another kind of cache, which "
+            f"{type(module).__name__} keeps its state in another kind of cache than the past_key_values of attention, which "
             "memory cannot be part of."
         )
     eps = _first(
@@ -69,6 +71,12 @@ def find_decoder(model: nn.Module) -> Decoder:
         eps=1e-6 if eps is None else eps,
         vocab_size=text_config.vocab_size,
     )
+
+
+def _counts_tokens(config: Any) -> bool:
+    """Whether the cache of this model knows how many tokens it has read. That of a model without attention does not."""
+    layers = DynamicCache(config=config).layers
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
 
 
 def _first(config: Any, *names: str) -> Any:

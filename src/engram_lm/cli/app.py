@@ -15,7 +15,7 @@ REFUSED, INTERRUPTED, READER_GONE = 2, 130, 141
 app = App(
     name="engram-lm",
     help="Memory for language models that is looked up, not computed.",
-    version=__version__,
+    version=f"engram-lm {__version__}",
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )

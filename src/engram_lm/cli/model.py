@@ -372,7 +372,7 @@ def demo(
     Parameters
     ----------
     memory
-        Directory of the memory; default the one in the clone, demo/memory.
+        Directory of the memory; default the one that comes with engram-lm.
     max_new_tokens
         Tokens generated for each prompt.
     color

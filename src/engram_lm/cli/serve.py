@@ -20,7 +20,7 @@ def serve(
     open: Flag = False,
     prepare: Flag = False,
 ) -> int:
-    """Serve a page that shows what memory does and lets one change it; without MODEL, the demo of the clone.
+    """Serve a page that shows what memory does and lets one change it; without MODEL, the demo.
 
     Parameters
     ----------

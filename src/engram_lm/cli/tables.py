@@ -66,7 +66,7 @@ def simulate(
     codec
         How rows are stored, which says their bytes (the released model's).
     tokenizer
-        tokenizer.json, its directory or a hub name; for text, and for profiles that hash canonical ids.
+        tokenizer.json, its directory, smollm2 or a hub name; for text, and for profiles that hash canonical ids.
     canonical
         The ids are canonical ones.
     dtype

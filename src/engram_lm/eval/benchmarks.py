@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram_lm.errors import MissingExtraError
 from engram_lm.eval.intervals import drawn, interval, share_interval
 from engram_lm.eval.measured import Measured, Value
 from engram_lm.eval.tasks import Item, write_task
+from engram_lm.extras import missing
 
 if TYPE_CHECKING:
     from engram_lm.eval.subject import Subject
@@ -40,9 +40,7 @@ def require_harness() -> str:
     try:
         import lm_eval  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            f'benchmarks need lm-evaluation-harness ({error}): pip install "engram-lm[eval]"'
-        ) from error
+        raise missing(f"Benchmarks need lm-evaluation-harness ({error})", "eval") from error
     return version("lm_eval")
 
 

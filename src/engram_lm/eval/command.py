@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.eval.measured import Measured, finished, load, plain, save
 from engram_lm.eval.report import TITLES, report
+from engram_lm.extras import missing
 from engram_lm.progress import Progress
+from engram_lm.train.naming import find_model
 from engram_lm.whole import write_whole
 
 if TYPE_CHECKING:
@@ -78,15 +80,14 @@ class _Step(NamedTuple):
 
 def eval_command(name: str, *, out: Path, options: EvalOptions, overwrite: bool, as_json: bool) -> None:
     """Measure, and write OUT/MEASURE.json and OUT/report.md."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out} is a file; --out names a directory.")
+    find_model(name)
     inputs = _Inputs.read(options)
     try:
         from engram_lm.eval.subject import Subject
     except ImportError as error:
-        raise MissingExtraError(
-            f'measuring a model needs torch and transformers ({error}): pip install "engram-lm[hf]"'
-        ) from error
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out} is a file; --out names a directory.")
+        raise missing(f"Measuring a model needs torch and transformers ({error})", "hf") from error
     subject = Subject.load(name, device=options.device, seed=options.seed)
     steps = _plan(subject, options, inputs)
     _require_one_model(out, steps)

@@ -36,6 +36,7 @@ from engram_lm.attachment import NoiseRows, OtherRows, memories, memory_off, rea
 from engram_lm.attachment.loading import load_any
 from engram_lm.errors import ConfigError, DataError, ModelError, TokenIdError
 from engram_lm.identity import fingerprint_of
+from engram_lm.kvcache import cache_of, with_cache
 from engram_lm.library.encoding import TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ class Subject:
         """None where the model keeps no cache that can be dealt out to several continuations."""
         prompt_T = torch.as_tensor(np.ascontiguousarray(prompt), dtype=torch.int64, device=self.device)
         output = self.model(prompt_T[None], use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_of(output)
         if not hasattr(cache, "reorder_cache"):
             return None
         first_V = output.logits[:, -1:]
@@ -213,7 +214,7 @@ class Subject:
                 read_NT = torch.stack([F.pad(c[:-1], (0, longest - len(c))) for c in group])
                 mine = copy.deepcopy(cache)
                 mine.reorder_cache(torch.zeros(len(group), dtype=torch.int64, device=self.device))
-                more_NTV = self.model(read_NT, past_key_values=mine, use_cache=True).logits
+                more_NTV = self.model(read_NT, use_cache=True, **with_cache(self.model, mine)).logits
                 logits_NTV = torch.cat([logits_NTV, more_NTV], 1)
             for c, logits_TV in zip(group, logits_NTV, strict=True):
                 said.append(_said(logits_TV[: len(c)], c))

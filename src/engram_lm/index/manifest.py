@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,22 @@ _SEAL = re.compile("[0-9a-f]{16}")
 _MOST = 2**53
 _MOST_VOCAB = 2**31
 _MOST_NAME = 256
+
+
+def require_index(directory: Path) -> None:
+    """CheckpointError where a directory holds no index."""
+    if not (directory / MANIFEST).exists():
+        raise CheckpointError(f"{directory} holds no index. Make one: engram-lm index create.")
+
+
+def require_new(directory: Path) -> None:
+    """CheckpointError where an index cannot be made, as there is a file or an index already."""
+    if (directory / MANIFEST).exists():
+        raise CheckpointError(
+            f"{directory} holds an index already. Add to it with engram-lm index add, or name another directory."
+        )
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file; an index is a directory. Name another.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from engram_lm.index import durable
 from engram_lm.index.checking import VerifyReport, verify
 from engram_lm.index.compaction import Background, merge_next, merge_whole
 from engram_lm.index.locking import WriterLock
-from engram_lm.index.manifest import MANIFEST, Entry, Manifest, require_tenant
+from engram_lm.index.manifest import MANIFEST, Entry, Manifest, require_new, require_tenant
 from engram_lm.index.merging import MOST_SEGMENTS
 from engram_lm.index.opened import Opened
 from engram_lm.index.purging import Progress, PurgeReport, purge
@@ -107,10 +107,7 @@ class Store:
             raise CheckpointError(f"{directory} cannot be made: {error.strerror}.") from None
         lock = WriterLock(directory / LOCK, wait_seconds=wait_seconds)
         try:
-            if (directory / MANIFEST).exists():
-                raise CheckpointError(
-                    f"{directory} holds an index already. Open it, or name another directory."
-                )
+            require_new(directory)
             if found := [
                 path.name
                 for path in directory.iterdir()

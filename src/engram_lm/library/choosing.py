@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, MissingExtraError
+from engram_lm.errors import ConfigError
+from engram_lm.extras import missing
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
@@ -251,8 +252,5 @@ def _library() -> Any:
     try:
         import bm25s
     except ImportError:
-        raise MissingExtraError(
-            'Choosing documents for a question needs bm25s: pip install "engram-lm[retrieval]". '
-            "Or name the documents, or use the whole index."
-        ) from None
+        raise missing("Choosing documents for a question needs bm25s", "retrieval") from None
     return bm25s

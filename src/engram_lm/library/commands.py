@@ -8,19 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engram_lm.index.manifest import require_new
 from engram_lm.index.store import Store
 from engram_lm.library.library import Existing, Explanation, Hit, Library
 from engram_lm.library.texts import STDIN, find, read_texts
+from engram_lm.train.tokenizer import load_tokenizer
 
 LOCK_SECONDS = 10.0  # another writer is waited for
 
 
 def create_command(directory: Path, *, model: str, as_json: bool) -> None:
-    tokenizer: Any = model
-    if not Path(model).exists():
-        from engram_lm.train.base import load_base
-
-        tokenizer = load_base(model).tokenizer
+    require_new(directory)
+    tokenizer = load_tokenizer(model)
     with Library.create(directory, tokenizer=tokenizer, merging="by hand") as library:
         facts = {"vocab_size": library.store.vocab_size, "tokenizer": library.store.tokenizer}
     _say(facts, f"{directory}: an empty index of {facts['vocab_size']:,} token ids", as_json)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from engram_lm.errors import CheckpointError, ConfigError, DataError
-from engram_lm.index.manifest import MANIFEST
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.index.manifest import require_index
 from engram_lm.index.segment import Document
 from engram_lm.index.store import PUBLIC, Store
 from engram_lm.library.encoding import TextEncoder, encoder_of
@@ -104,8 +104,7 @@ class Library:
     ) -> "Library":  # fmt: skip
         """Open an index, read by the tokenizer in its directory. tokenizer: the caller's, for which the index must be; it
         reads an index whose directory holds none."""
-        if not (Path(directory) / MANIFEST).exists():
-            raise CheckpointError(f"{directory} holds no index. Make one: engram-lm index create.")
+        require_index(Path(directory))
         store = Store.open(directory, mode, **options)
         try:
             return cls(store, encoder_of(store, tokenizer))

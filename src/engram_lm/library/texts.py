@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import DataError, MissingExtraError
+from engram_lm.errors import DataError
+from engram_lm.extras import missing
 from engram_lm.train.text import json_lines, kind_of, read_lines
 
 STDIN = "-"
@@ -189,9 +190,7 @@ def _converted(path: Path) -> str:
     try:
         from markitdown import MissingDependencyException, StreamInfo, converters
     except ImportError:
-        raise MissingExtraError(
-            f'{path} is converted by markitdown: pip install "engram-lm[documents]".'
-        ) from None
+        raise missing(f"{path} is converted by markitdown", "documents") from None
     try:
         data = io.BytesIO(path.read_bytes())
     except OSError as error:
@@ -199,9 +198,7 @@ def _converted(path: Path) -> str:
     try:
         return getattr(converters, _CONVERTERS[suffix])().convert(data, StreamInfo(extension=suffix)).markdown
     except MissingDependencyException:
-        raise MissingExtraError(
-            f'{path}: markitdown lacks what {suffix} needs: pip install "engram-lm[documents]".'
-        ) from None
+        raise missing(f"{path}: markitdown lacks what {suffix} needs", "documents") from None
     except Exception as error:  # whatever a converter of foreign formats raises
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"{path} cannot be converted: {why}") from None

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from engram_lm.errors import ConfigError
+from engram_lm.kvcache import NAMES, cache_in, cache_of, with_cache
 from engram_lm.mixing.processor import MemoryProcessor, memory_processor
 
 if TYPE_CHECKING:
@@ -200,9 +201,15 @@ class Drafts:
             raise ConfigError("Drafts continue one row without padding, and no beams.")
         if generation_config.return_dict_in_generate:
             raise ConfigError("Drafts return tokens alone; leave return_dict_in_generate out.")
-        cache = model_kwargs.pop("past_key_values", None)
+        cache = cache_in(model_kwargs)
         # what generate itself works out for every call; anything else would have to reach the model
-        unknown = set(model_kwargs) - {"position_ids", "use_cache", "logits_to_keep", "cache_position"}
+        unknown = set(model_kwargs) - {
+            "position_ids",
+            "use_cache",
+            "logits_to_keep",
+            "cache_position",
+            *NAMES,
+        }
         if unknown:
             raise ConfigError(f"Drafts know nothing of generate's {', '.join(sorted(unknown))}.")
 
@@ -297,7 +304,7 @@ def _decode(
         said_1T[0, n : n + k] = torch.tensor(draft, dtype=said_1T.dtype)
         with torch.no_grad():
             output = model(
-                said_1T[:, read : n + k].to(device), past_key_values=cache, use_cache=True,
+                said_1T[:, read : n + k].to(device), use_cache=True, **with_cache(model, cache),
                 **({"logits_to_keep": k + 1} if keeps else {}),
             )  # fmt: skip
         logits_KV = output.logits[0, -k - 1 :].float().to(said_1T.device)
@@ -321,10 +328,10 @@ def _decode(
 
 
 def _require_crop(model: Any, output: Any, guesser: Guesser, *, first: bool) -> Any:
-    cache = getattr(output, "past_key_values", None)
+    cache = cache_of(output)
     if first:
         if cache is None:
-            raise ConfigError(f"{type(model).__name__} has no past_key_values to go on from.")
+            raise ConfigError(f"{type(model).__name__} makes no cache to go on from.")
         if guesser.most:
             if not getattr(cache, "is_croppable", False):
                 raise ConfigError(

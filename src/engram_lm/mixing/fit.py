@@ -25,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.extras import missing
 from engram_lm.mixing.features import NAMES, features
 from engram_lm.mixing.gate import MOST, Gate, Reading
 from engram_lm.mixing.reading import Memory, evidence
@@ -223,9 +224,7 @@ def draw_calibration(rows: list[dict[str, Any]], path: Any, *, title: str) -> No
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        from engram_lm.errors import MissingExtraError
-
-        raise MissingExtraError('Plots need matplotlib: pip install "engram-lm[hf]"') from None
+        raise missing("Plots need matplotlib", "hf") from None
     figure = Figure(figsize=(5.4, 5.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()

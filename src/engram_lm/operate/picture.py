@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import DataError, MissingExtraError
+from engram_lm.errors import DataError
+from engram_lm.extras import missing
 from engram_lm.operate.simulate import Cache, Simulation
 
 INK, GRID = "#222222", "#e6e6e6"
@@ -20,7 +21,7 @@ def draw_curves(found: Sequence[Simulation], path: Path, *, title: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError('--plot needs matplotlib: pip install "engram-lm[hf]"') from error
+        raise missing("--plot needs matplotlib", "hf") from error
     layers = list(dict.fromkeys(each.layer for each in found))
     slots = list(dict.fromkeys(each.slots for each in found))
     figure = Figure(figsize=(1.2 + 4 * len(slots), 1.2 + 3.2 * len(layers)), dpi=120, layout="constrained")

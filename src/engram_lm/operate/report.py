@@ -14,10 +14,11 @@ from typing import Any
 
 from engram_lm.addressing import SHIPPED, AddressScheme, Profile, profile_named, resolve
 from engram_lm.errors import ConfigError, DataError, TokenIdError
-from engram_lm.operate.requests import Requests, load_tokenizer, read_requests
+from engram_lm.operate.requests import Requests, read_requests, require_stream
 from engram_lm.operate.simulate import POLICIES, Cache, Simulation, simulate
 from engram_lm.tables.codecs import codec_named
 from engram_lm.train.text import TxtDocuments
+from engram_lm.train.tokenizer import load_tokenizer
 from engram_lm.vocab import TokenMap
 
 # How the released models store their rows.
@@ -66,6 +67,7 @@ def simulate_command(
     bytes_per_row = record.record_bytes(chosen.head_width)
     if plot is not None and plot.suffix.lower() != ".png":
         raise ConfigError(f"--plot is {plot}; wanted a file that ends in .png.")
+    require_stream(tokens)
     made = None if tokenizer is None else load_tokenizer(tokenizer)
     requests = read_requests(
         tokens,

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError
 from engram_lm.train.text import TxtDocuments, read_documents
 
 DTYPES = ("uint16", "int32", "uint32", "int64")
@@ -71,6 +71,14 @@ class Requests:
         )
 
 
+def require_stream(path: str | Path) -> Path:
+    """The path, or DataError where there is no file: to be said before a tokenizer is looked for."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; wanted token ids (.npy, .bin, .jsonl) or text (.jsonl, .txt)")
+    return path
+
+
 def read_requests(
     path: str | Path,
     *,
@@ -87,9 +95,7 @@ def read_requests(
     tokenizer: a tokenizers.Tokenizer, for text; special tokens are not added. prefill: prompt tokens of every request.
     Options that the file gives no meaning to are refused.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; wanted token ids (.npy, .bin, .jsonl) or text (.jsonl, .txt)")
+    path = require_stream(path)
     for value, what in ((prefill, "prefill"), (limit, "limit")):
         if value is not None and value < 1:
             raise ConfigError(f"{what} is {value}; wanted a number of tokens from 1.")
@@ -111,27 +117,6 @@ def read_requests(
     else:
         parts = _texts(path, tokenizer, field or "text", txt_documents or "file")
     return _collect(path, parts, prefill, limit)
-
-
-def load_tokenizer(name: str) -> Any:
-    """A tokenizers.Tokenizer from tokenizer.json, a directory that holds one, or a hub name."""
-    from tokenizers import Tokenizer
-
-    path = Path(name)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if path.suffix == ".json" and not path.is_file():
-        raise DataError(f"{path}: no such file; wanted a tokenizer.json, its directory or a hub name")
-    try:
-        return Tokenizer.from_file(str(path)) if path.exists() else Tokenizer.from_pretrained(name)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{name} is no file, and the hub needs huggingface_hub: pip install huggingface_hub"
-        ) from error
-    except Exception as error:  # tokenizers raises Exception itself
-        raise DataError(
-            f"{name}: no fast tokenizer can be read here; wanted a tokenizer.json, its directory or a hub name "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from None
 
 
 def _refuse_without_effect(path: Path, kind: str, holds_ids: bool, **options: Any) -> None:

@@ -9,8 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import ConfigError, MissingExtraError
+from engram_lm.errors import ConfigError
+from engram_lm.extras import missing
 from engram_lm.runs.config import TrainConfig, read_options
+from engram_lm.runs.directory import begun_run
+from engram_lm.train.naming import find_base
+from engram_lm.train.text import require_documents
 
 _FINISHED, _INTERRUPTED = 0, 130
 _NUMBERS = ("layers", "orders")
@@ -36,6 +40,10 @@ def train_command(given: dict[str, Any]) -> int:
         if name in given:
             given[name] = numbers(given[name], name)
     config = TrainConfig.from_json(options | given)
+    earlier = "overwrite" if overwrite else "require" if resume else "continue"
+    begun_run(out, earlier)
+    require_documents(config.data, field=config.field)
+    find_base(config.base)
     # before torch and transformers: their own notes are not for the reader of this command
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -43,13 +51,10 @@ def train_command(given: dict[str, Any]) -> int:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            'training needs torch and transformers: pip install "engram-lm[hf]"'
-        ) from error
+        raise missing(f"Training needs torch and transformers ({error})", "hf") from error
     from engram_lm.runs.progress import shown_progress
     from engram_lm.runs.run import told, train
 
-    earlier = "overwrite" if overwrite else "require" if resume else "continue"
     outcome = train(config, out=out, earlier=earlier, progress=shown_progress())
     print("\n".join(told(outcome)))
     return _INTERRUPTED if outcome.state == "interrupted" else _FINISHED

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from engram_lm.attachment import attach, memories
 from engram_lm.attachment.structure import find_decoder
-from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.extras import missing
 from engram_lm.runs.config import TrainConfig
 from engram_lm.runs.progress import Progress
 from engram_lm.train.base import load_base, quiet_libraries
@@ -146,7 +147,7 @@ def _with_memory(model: Any, tokenizer: Any, base: Any, config: TrainConfig) -> 
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError as error:
-            raise MissingExtraError('--mode lora needs peft: pip install "engram-lm[hf]"') from error
+            raise missing("--mode lora needs peft", "hf") from error
         # before attach: "all-linear" must not wrap the memory's own projection
         adapter = LoraConfig(
             r=config.lora_rank,

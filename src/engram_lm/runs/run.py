@@ -12,13 +12,9 @@ uninterrupted run. Everything is loaded and checked before the first byte is wri
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
 import math
-import shutil
+import shlex
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,25 +23,32 @@ from torch.utils.data import Subset
 
 from engram_lm import __version__
 from engram_lm.attachment import memories, save_memory
-from engram_lm.errors import CheckpointError, ConfigError, DataError, IdentityError
+from engram_lm.errors import ConfigError, DataError, IdentityError
 from engram_lm.runs.conductor import Conductor, interruptible, trainer_of
 from engram_lm.runs.config import TrainConfig, first_difference
+from engram_lm.runs.directory import (
+    CHECKPOINTS,
+    FACTS,
+    FORMAT,
+    METRICS,
+    OPTIONS,
+    PICTURE,
+    VERSION,
+    alone_in,
+    begun_run,
+    clear,
+    drop_unfinished,
+    read_json,
+    write_json,
+)
 from engram_lm.runs.measure import held_out_shares
-from engram_lm.runs.metrics import Metrics, write_whole
+from engram_lm.runs.metrics import Metrics
 from engram_lm.runs.picture import draw_losses
 from engram_lm.runs.prepared import Prepared, prepare
 from engram_lm.runs.progress import Progress, Quiet
 from engram_lm.runs.trainer import last_checkpoint
 from engram_lm.train.base import quiet_libraries
-
-OPTIONS, FACTS, METRICS, PICTURE, CHECKPOINTS = (
-    "train.json",
-    "run.json",
-    "metrics.jsonl",
-    "loss.png",
-    "checkpoints",
-)
-FORMAT, VERSION = "engram-lm run", 1
+from engram_lm.train.text import require_documents
 
 # Held-out sequences that the shares are taken from.
 _SHARE_SEQUENCES = 32
@@ -76,7 +79,8 @@ def train(
     """
     progress, out = progress or Quiet(), Path(out)
     begin_s = time.perf_counter()
-    begun = _begun(out, earlier)
+    begun = begun_run(out, earlier)
+    require_documents(config.data, field=config.field)
     checkpoint = last_checkpoint(out / CHECKPOINTS) if begun else None
     prepared = prepare(config, checkpoint, progress, corpus=begun["corpus"] if begun else None)
     config = prepared.config
@@ -85,7 +89,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     with alone_in(out, "train"):
         if earlier == "overwrite":
-            _clear(out)
+            clear(out)
         facts = {
             "format": FORMAT,
             "version": VERSION,
@@ -96,9 +100,9 @@ def train(
             "state": "begun",
             "results": {},
         }
-        _write_json(out / FACTS, facts)
-        _write_json(out / OPTIONS, config.to_json())
-        _drop_unfinished(out / CHECKPOINTS, keep=checkpoint)
+        write_json(out / FACTS, facts)
+        write_json(out / OPTIONS, config.to_json())
+        drop_unfinished(out / CHECKPOINTS, keep=checkpoint)
         metrics = Metrics(out / METRICS)
         metrics.begin(step=int(checkpoint.name.rpartition("-")[2]) if checkpoint else None)
         conductor = Conductor(prepared, metrics, progress, begin_s=begin_s)
@@ -122,13 +126,13 @@ def train(
             prepared.model.config.use_cache = trainer.own_use_cache
             save_memory(prepared.model, out, tokenizer=prepared.tokenizer)
         draw_losses(metrics.records, out / PICTURE, title=_title(prepared), mode=config.mode)
-        _write_json(out / FACTS, facts | {"state": state, "results": results})
+        write_json(out / FACTS, facts | {"state": state, "results": results})
     return Outcome(directory=out, state=state, step=step, steps=prepared.steps, results=results)
 
 
 def told(outcome: Outcome) -> list[str]:
     """What a person wants to know of an outcome, in lines."""
-    results, out = outcome.results, outcome.directory
+    results, out, typed = outcome.results, outcome.directory, shlex.quote(str(outcome.directory))
     lines = []
     if outcome.state != "finished":
         why = {"interrupted": "interrupted", "out of time": "out of time"}[outcome.state]
@@ -148,46 +152,15 @@ def told(outcome: Outcome) -> list[str]:
     if "tables_mb" in results:
         lines.append(f"trained on {results['tokens']:,} tokens; tables of {results['tables_mb']:,.1f} MB")
         lines.append(
-            f'{out} holds the memory, {METRICS} and {PICTURE}. Try: engram-lm generate {out} "Once upon a time"'
+            f'{out} holds the memory, {METRICS} and {PICTURE}. Try: engram-lm generate {typed} "Once upon a time"'
         )
     if outcome.state != "finished":
-        lines.append(f"go on with: engram-lm train --resume --out {out}")
+        lines.append(f"go on with: engram-lm train --resume --out {typed}")
     return lines
 
 
-# ---- before the first byte is written --------------------------------------------------------------------------------
-
-
-def _begun(out: Path, earlier: str) -> dict[str, Any] | None:
-    """run.json of a run that `out` holds and that shall go on; None for a new run."""
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; --out names a directory.")
-    facts = None
-    if (out / OPTIONS).exists() and (out / FACTS).exists():
-        facts = _read_json(out / FACTS)
-        if facts.get("format") != FORMAT or facts.get("version") != VERSION:
-            raise CheckpointError(
-                f"{out / FACTS} has format {facts.get('format')!r} version {facts.get('version')}; this build reads "
-                f"{FORMAT!r} version {VERSION}. Name another --out."
-            )
-    ours = {OPTIONS, FACTS, ".lock", f".{OPTIONS}", f".{FACTS}"}
-    if facts is None and out.is_dir() and any(path.name not in ours for path in out.iterdir()):
-        raise CheckpointError(f"{out} is not empty and holds no run of engram-lm train; name another --out.")
-    if earlier == "overwrite":
-        return None
-    if facts is None:
-        if earlier == "require":
-            raise CheckpointError(f"{out} holds no run to resume.")
-        return None
-    if facts["state"] == "finished":
-        raise CheckpointError(
-            f"{out} holds a finished run; name another --out, or add --overwrite to replace it."
-        )
-    return facts
-
-
 def _require_same(out: Path, facts: dict[str, Any], prepared: Prepared) -> None:
-    stored = TrainConfig.from_json(_read_json(out / OPTIONS))
+    stored = TrainConfig.from_json(read_json(out / OPTIONS))
     advice = "Use the same, or another --out, or --overwrite."
     if facts["base"]["sha256"] != prepared.base.sha256:
         raise IdentityError(
@@ -200,49 +173,6 @@ def _require_same(out: Path, facts: dict[str, Any], prepared: Prepared) -> None:
         raise ConfigError(f"{out} was begun with {name} {was!r}; this command says {now!r}. {advice}")
     if facts["corpus"] != prepared.corpus.fingerprint:
         raise DataError(f"{out} was begun on other text than --data holds now. {advice}")
-
-
-# ---- the directory ---------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def alone_in(out: Path, command: str) -> Iterator[None]:
-    """No other `engram-lm COMMAND` works in a directory; the lock dies with its process."""
-    with open(out / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"Another engram-lm {command} is at work in {out}.") from None
-        yield
-
-
-def _clear(out: Path) -> None:
-    """Remove a run's files, run.json last; anything else stays."""
-    names = [METRICS, PICTURE, "memory.json", "memory.safetensors", "README.md", OPTIONS, FACTS]
-    names[:0] = [path.name for pattern in ("rows-*", "state-*", "tokens-*.bin") for path in out.glob(pattern)]
-    for folder in (CHECKPOINTS, "base", "adapter"):
-        shutil.rmtree(out / folder, ignore_errors=True)
-    for name in names:
-        (out / name).unlink(missing_ok=True)
-
-
-def _drop_unfinished(checkpoints: Path, *, keep: Path | None) -> None:
-    last = int(keep.name.rpartition("-")[2]) if keep else -1
-    for path in checkpoints.glob("checkpoint-*"):
-        number = path.name.rpartition("-")[2]
-        if not number.isdigit() or int(number) > last:
-            shutil.rmtree(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(data, indent=1) + "\n")
 
 
 # ---- when it is over -------------------------------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.errors import ConfigError, EngramError, MissingExtraError
+from engram_lm.errors import ConfigError, EngramError
+from engram_lm.extras import missing
 from engram_lm.serve.refusals import LOG
+from engram_lm.show.indexed import require_parts
 
 if TYPE_CHECKING:
     from engram_lm.serve.service import Service
@@ -52,10 +54,10 @@ def serve_command(
         from engram_lm.serve.app import create_app
         from engram_lm.serve.service import Service
     except ImportError as error:
-        raise MissingExtraError(
-            f'the page needs fastapi and uvicorn ({error}): pip install "engram-lm[serve]"'
-        ) from error
+        raise missing(f"The page needs fastapi and uvicorn ({error})", "serve") from error
     access = Access.of(host, key=key or os.environ.get(KEY_VARIABLE) or None, names=names)
+    if model is not None:
+        require_parts(model, index, gate=gate, lam=lam)
     preparing = Preparing(steps, model=model, index=index, gate=gate, lam=lam, quiz=quiz)
     if prepare_only:
         return _prepare_only(preparing)
@@ -148,10 +150,12 @@ class Preparing:
         quiz: Path | None,
     ) -> None:  # fmt: skip
         from engram_lm.serve.demo import Demo
+        from engram_lm.serve.quiz import Quiz
 
         self.steps, self.model, self.index = steps, model, index
-        self.gate, self.lam, self.quiz = gate, lam, quiz
+        self.gate, self.lam = gate, lam
         self.demo = Demo.find() if model is None else None
+        self.quiz = None if quiz is None else Quiz.read(quiz)
         self._made: Path | None = None
 
     def __call__(self, service: Service) -> None:
@@ -166,9 +170,7 @@ class Preparing:
             import torch  # noqa: F401
             import transformers  # noqa: F401
         except ImportError as error:
-            raise MissingExtraError(
-                f'a model needs torch and transformers ({error}): pip install "engram-lm[hf]"'
-            ) from error
+            raise missing(f"A model needs torch and transformers ({error})", "hf") from error
         steps.say("torch and transformers are loaded")
         name = str(demo.memory) if demo else str(self.model)
         service.loaded = loaded = load(name, limits=service.limits)
@@ -187,7 +189,7 @@ class Preparing:
             documents, tokens = demo.make_index(directory, encoder=loaded.encoder)
             steps.say(f"the handbook is indexed: {documents} documents, {tokens:,} tokens, in {directory}")
         if self.quiz is not None:
-            service.quiz = Quiz.read(self.quiz)
+            service.quiz = self.quiz
         if directory is not None:
             service.shelf = Shelf(directory, encoder=loaded.encoder)
             service.mixed = Mixed(loaded, service.shelf, gate=self.gate, lam=self.lam)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engram_lm.kvcache import cache_of, with_cache
 from engram_lm.serve.limits import MOST_CHARACTERS_A_TOKEN
 from engram_lm.serve.refusals import Refusal
 
@@ -56,7 +57,7 @@ def next_tokens(
             rows = [logits_V]
             if len(tokens) > 1:
                 check()
-                rows += _more_rows(loaded, output.past_key_values, tokens[:-1])
+                rows += _more_rows(loaded, cache_of(output), tokens[:-1])
             told.append({"text": text, "tokens": _parts(loaded, look_up, ids, tokens, rows)})
     p_model_V = _softmax(logits_V)
     lam, match, sources = 0.0, None, []
@@ -125,7 +126,9 @@ def _more_rows(loaded: Loaded, cache: Any, tokens: list[int]) -> list[np.ndarray
 
     croppable = getattr(cache, "is_croppable", False)
     used = cache if croppable else copy.deepcopy(cache)
-    output = loaded.model(torch.tensor([tokens], device=loaded.device), past_key_values=used, use_cache=True)
+    output = loaded.model(
+        torch.tensor([tokens], device=loaded.device), use_cache=True, **with_cache(loaded.model, used)
+    )
     if croppable:
         cache.crop(-len(tokens))
     return [_row(row) for row in output.logits[0]]

@@ -1,7 +1,7 @@
-"""What `engram-lm serve` shows without a model's name: the clone's trained memory on SmolLM2, and an index of an invented
+"""What `engram-lm serve` shows without a model's name: the package's trained memory on SmolLM2, and an index of an invented
 company's handbook, made anew at every start in a temporary directory and removed at the end.
 
-    demo = Demo.find()                               # CheckpointError outside a clone
+    demo = Demo.find()
     demo.make_index(directory, encoder=loaded.encoder)
 """
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import engram_lm
-from engram_lm.errors import CheckpointError
+from engram_lm import demo
 
 
 @dataclass(frozen=True)
@@ -22,14 +21,8 @@ class Demo:
 
     @classmethod
     def find(cls) -> "Demo":
-        """The demo of the clone that this package runs from."""
-        root = Path(engram_lm.__file__).resolve().parents[2] / "demo"
-        found = cls(root / "memory", root / "documents")
-        if not (found.memory / "memory.json").exists() or not found.quiz.exists():
-            raise CheckpointError(
-                f"{root} holds no demo; it comes with the clone. Name a model: engram-lm serve smollm2 --index DIR."
-            )
-        return found
+        """The demo that comes with the package."""
+        return cls(demo.memory(), demo.documents())
 
     @property
     def quiz(self) -> Path:

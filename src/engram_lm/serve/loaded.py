@@ -2,7 +2,7 @@
 
 What a visitor or a document writes never becomes a special token: "<|im_end|>" in it is letters (`library.encoding`).
 
-    loaded = load("demo/memory")
+    loaded = load("my-memory")
     ids = loaded.text_ids("Alexander the Great")
     ids = loaded.chat_ids("Who repairs microscopes?")
 """

@@ -6,7 +6,7 @@ verbatim: the prompt is the beginning of a sentence of the document, to be gone 
 words, asked in the chat template. An answer is right if it contains one of the wordings in `answer`; letter case and
 punctuation do not matter: "The dog is called ORLANDO!" is right. Whole words only, but for scripts without blanks.
 
-    quiz = Quiz.read("demo/documents/quiz.json")
+    quiz = Quiz.read("quiz.json")
     quiz.question("dog").is_answered_by("Orlando, I think")
 """
 

@@ -36,7 +36,8 @@ def answer_to(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Refusal):
         return error.status, str(error)
     if isinstance(error, MissingExtraError):
-        return 501, str(error)
+        LOG.error("a request failed: %s", error)  # its command names a path of this machine
+        return 501, "A library that this needs is not installed on the server; its terminal says which."
     if isinstance(error, DataError | ConfigError | TokenIdError):
         return 422, str(error)
     if isinstance(error, CheckpointError) and "is being written by" in str(error):

@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.index.manifest import MANIFEST
+from engram_lm.errors import ConfigError
+from engram_lm.index.manifest import require_index
 from engram_lm.index.store import PUBLIC, Store
 from engram_lm.library.library import Hit, Library
 from engram_lm.serve.refusals import Refusal, shown
@@ -35,8 +35,7 @@ class Shelf:
     """One index directory, its public documents."""
 
     def __init__(self, directory: Path, *, encoder: TextEncoder) -> None:
-        if not (directory / MANIFEST).exists():
-            raise CheckpointError(f"{directory} holds no index. Make one: engram-lm index create.")
+        require_index(directory)
         self.directory = directory
         self.library = Library.open(directory, tokenizer=encoder.backend)
         self._listed: tuple[Snapshot, list[tuple[str, int, int]]] | None = None

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.extras import missing
 from engram_lm.show.heat import ColourWish, Quantity, Scale, legend, paint, wants_colour
+from engram_lm.train.naming import require_memory
 
 SESSION_TOKENS = 4096  # of prompt and output that a session remembers
 
@@ -76,12 +78,14 @@ def generate_command(
         )
     directory = Path(name)
     if index is None:
+        require_memory(name, instead=" To go on without one, mix documents in: --index DIR.")
         model, tokenizer = load(directory, tier=tier, cache_bytes=cache_bytes)
     elif tier != "device":
         raise ConfigError("--tier is not for --index: load the memory's rows on the model's device.")
     else:
-        from engram_lm.show.indexed import Indexed, load_any
+        from engram_lm.show.indexed import Indexed, load_any, require_parts
 
+        require_parts(name, index, gate=gate, lam=lam)
         model, tokenizer = load_any(name)
     from engram_lm.show.speaking import View, prompt_ids, speak
 
@@ -209,6 +213,7 @@ def trace_command(
         raise DataError("The text is empty: there is no token to trace.")
     if limit < 0:
         raise ConfigError(f"limit is a number of tokens, 0 for all; got {limit}.")
+    require_memory(directory)
     model, tokenizer = load(directory)
     import torch
 
@@ -242,7 +247,5 @@ def load(directory: Path, **placement: Any) -> tuple[Any, Any]:
     try:
         from engram_lm.attachment.loading import load_with_memory
     except ImportError as error:
-        raise MissingExtraError(
-            f'a model with memory needs torch and transformers ({error}): pip install "engram-lm[hf]"'
-        ) from error
+        raise missing(f"A model with memory needs torch and transformers ({error})", "hf") from error
     return load_with_memory(directory, **placement)

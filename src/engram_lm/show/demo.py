@@ -1,7 +1,7 @@
 """`engram-lm demo`: a trained memory on SmolLM2, with and without, and one token of it up close.
 
-The memory lies in the clone at demo/memory (what `save_memory` wrote), with prompts.json beside it: a list of
-{"about": what the prompt is to this memory, "prompt": text}. SmolLM2 is fetched on first use and kept in the
+The memory is the package's own (`engram_lm.demo`), with prompts.json beside it: a list of {"about": what the prompt is to
+this memory, "prompt": text}. SmolLM2 is fetched on first use and kept in the
 user's cache; after that nothing is downloaded.
 """
 
@@ -13,31 +13,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-import engram_lm
-from engram_lm.errors import CheckpointError, MissingExtraError
+from engram_lm import demo
+from engram_lm.errors import CheckpointError
+from engram_lm.extras import missing
 from engram_lm.show.command import console, scale_for, write_heat
 from engram_lm.show.heat import ColourWish, Scale, legend, wants_colour
+from engram_lm.train.naming import require_memory
 
 # for a memory without prompts of its own
 PROMPTS = ({"about": "a famous name", "prompt": "Alexander the Great was"},)
 
 
 def demo_command(*, memory: Path | None, max_new_tokens: int, color: ColourWish) -> None:
-    """Run the demo on the memory in `memory`, or in the clone."""
-    directory = memory or Path(engram_lm.__file__).resolve().parents[2] / "demo" / "memory"
-    if not (directory / "memory.json").exists():
-        raise CheckpointError(
-            f"{directory} holds no memory. The demo's memory comes with the clone; name another with --memory DIR."
-        )
+    """Run the demo on the memory in `memory`, or on the one that comes with the package."""
+    directory = demo.memory() if memory is None else memory
+    require_memory(directory)
     clock = _Clock()
     try:
         from engram_lm.attachment import from_pretrained, memories
         from engram_lm.attachment.files import read_manifest
         from engram_lm.train.base import load_base, quiet_libraries
     except ImportError as error:
-        raise MissingExtraError(
-            f'the demo needs torch and transformers ({error}): pip install "engram-lm[hf]"'
-        ) from error
+        raise missing(f"The demo needs torch and transformers ({error})", "hf") from error
     clock.say("torch and transformers are loaded")
     manifest = read_manifest(directory)
     base = None

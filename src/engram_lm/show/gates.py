@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.errors import ConfigError, DataError
+from engram_lm.show.indexed import require_parts
+from engram_lm.train.text import require_documents
 
 NAMES_NONE = "it names no documents that it was fitted on: a shipped gate, or one of an earlier version"
 
@@ -21,6 +23,11 @@ def fit_command(
         raise ConfigError(f"{out} exists already; name another file.")
     if texts < 2:
         raise ConfigError(f"A gate is fitted on at least 2 texts of each kind; got --texts {texts}.")
+    for path in (out, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path} cannot be written: {path.parent} is no directory. Make it first.")
+    require_parts(name, index)
+    require_documents(general)
     from engram_lm.identity import print_of
     from engram_lm.library import Library
     from engram_lm.mixing import calibrate, collect, fit_gate, rules_of

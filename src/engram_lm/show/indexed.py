@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from engram_lm.errors import ConfigError, MissingExtraError
+from engram_lm.extras import missing
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
@@ -238,14 +239,11 @@ def chosen_gate(
     path: Path | None, lam: float | None, snapshot: Snapshot, *, model: Any, tokenizer: Any
 ) -> Lambda:
     """The gate of a file, a fixed lambda, or the one shipped for this model."""
-    from engram_lm.mixing import FixedLambda, Gate, default_gate
     from engram_lm.mixing.identity import require_identity
 
-    if path is not None and lam is not None:
-        raise ConfigError("--gate and --lam exclude each other: a gate says what lambda is.")
+    gate = named_gate(path, lam)
     if lam is not None:
-        return FixedLambda(lam)
-    gate = default_gate() if path is None else Gate.load(path)
+        return gate
     try:
         require_identity(gate, tokenizer=tokenizer, model=model)
     except ConfigError:
@@ -257,6 +255,30 @@ def chosen_gate(
             f"No gate is shipped for this model ({error}) Give --lam 0.3, say, or fit one: engram-lm gate fit."
         ) from None
     return gate
+
+
+def named_gate(path: Path | None, lam: float | None) -> Lambda:
+    """The gate that a command names, or the shipped one; whether it fits the model is `chosen_gate`'s to say."""
+    from engram_lm.mixing.gate import FixedLambda, Gate, default_gate
+
+    if path is not None and lam is not None:
+        raise ConfigError("--gate and --lam exclude each other: a gate says what lambda is.")
+    if lam is not None:
+        return FixedLambda(lam)
+    return default_gate() if path is None else Gate.load(path)
+
+
+def require_parts(
+    name: str, index: Path | None, *, gate: Path | None = None, lam: float | None = None
+) -> None:
+    """What a command with a model, and perhaps an index, needs: looked for before any of it is loaded."""
+    from engram_lm.index.manifest import require_index
+    from engram_lm.train.naming import find_model
+
+    find_model(name)
+    if index is not None:
+        require_index(index)
+        named_gate(gate, lam)
 
 
 def counting(gate: Lambda, count: str) -> Lambda:
@@ -271,6 +293,8 @@ def counting(gate: Lambda, count: str) -> Lambda:
 
 def load_any(name: str) -> tuple[Any, Any]:
     """(model, tokenizer): a memory directory, a run, smollm2, a path or a hub name."""
-    from engram_lm.attachment.loading import load_any
-
+    try:
+        from engram_lm.attachment.loading import load_any
+    except ImportError as error:
+        raise missing(f"A model needs torch and transformers ({error})", "hf") from error
     return load_any(name)

@@ -20,6 +20,7 @@ import torch
 
 from engram_lm.attachment import memories, memory_off, trace
 from engram_lm.errors import ConfigError
+from engram_lm.kvcache import cache_of, with_cache
 from engram_lm.traces import LayerTrace
 
 if TYPE_CHECKING:
@@ -125,9 +126,9 @@ def speak(
     while True:
         with torch.no_grad(), _traced(model) as records, memory_switch(model, memory):
             output = model(
-                torch.tensor([chunk], device=device), past_key_values=cache, use_cache=True, **last_alone
+                torch.tensor([chunk], device=device), use_cache=True, **with_cache(model, cache), **last_alone
             )
-        cache = output.past_key_values
+        cache = cache_of(output)
         shares = replace(view, quantity="share").strengths(records) if records else np.zeros(len(chunk))
         if processor is not None:
             strengths = [(step.responsibility or 0.0) if step else 0.0 for step in steps]

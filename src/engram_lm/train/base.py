@@ -12,7 +12,6 @@ owner/name                 a model hub's, through transformers
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +19,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from engram_lm.errors import CheckpointError, ConfigError, MissingExtraError, ModelError
+from engram_lm.errors import ConfigError
+from engram_lm.extras import missing
 from engram_lm.identity import BaseRef, fingerprint_of
+from engram_lm.progress import report_to_stderr
+from engram_lm.train.naming import FoundBase, find_base
+from engram_lm.train.tokenizer import pretrained_tokenizer, transformers_refusals
 
 if TYPE_CHECKING:
     import torch
@@ -33,11 +36,6 @@ class LoadedBase(NamedTuple):
     model: Any
     tokenizer: Any
     ref: BaseRef
-
-
-def report_to_stderr(line: str) -> None:
-    """The default reporter: one line on stderr."""
-    sys.stderr.write(line + "\n")
 
 
 def load_base(
@@ -57,38 +55,36 @@ def load_base(
     weights' seed (0), and another inner width of the feed-forward layers than the recipe's. `progress="bars"` lets the
     libraries draw theirs. `report` receives one line about what was loaded and how long it took.
     """
+    start = time.perf_counter()
+    name, about = str(name), ""
+    # before torch: a name that means nothing is said at once
+    named = find_base(name)
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError('a base needs torch and transformers: pip install "engram-lm[hf]"') from error
-
-    start = time.perf_counter()
+        raise missing("A base needs torch and transformers", "hf") from error
     wanted = _dtype(dtype)
-    name, about = str(name), ""
     if not name.startswith("scratch:") and not (text_files is tokenizer is seed is ffn_width is None):
         raise ConfigError(
             f"text_files, tokenizer, seed and ffn_width belong to scratch: bases; {name!r} brings its own"
         )
     with contextlib.nullcontext() if progress == "bars" else quiet_libraries():
-        if name == "smollm2":
+        if named.kind == "smollm2":
             from engram_lm.train.smollm2 import load_smollm2
 
             model, found, sha256 = load_smollm2(report=report)
             model = model if wanted is None else model.to(wanted)
-            kind = "smollm2"
-        elif name.startswith("scratch:"):
+        elif named.kind == "scratch":
             model, found, about = _scratch(
                 name.removeprefix("scratch:"), text_files, tokenizer, seed or 0, ffn_width
             )
             sha256 = fingerprint_of(model)
             model = model if wanted is None else model.to(wanted)
-            kind = "scratch"
         else:
-            model, found = _pretrained(name, wanted)
+            model, found = _pretrained(named, wanted)
             sha256 = fingerprint_of(model)
-            kind = "local" if Path(name).is_dir() else "hub"
-    ref = BaseRef(name=name, kind=kind, sha256=sha256)
+    ref = BaseRef(name=name, kind=named.kind, sha256=sha256)
     count = sum(parameter.numel() for parameter in model.parameters())
     dtypes = "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()}))
     report(
@@ -150,23 +146,14 @@ def _scratch(
     return build_model(recipe, tokenizer=tokenizer, seed=seed), tokenizer, f" ({about})"
 
 
-def _pretrained(name: str, dtype: torch.dtype | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _pretrained(named: FoundBase, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
 
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).is_dir():
-        raise CheckpointError(f"{name}: no such directory. Wanted what transformers' save_pretrained wrote.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(
-            f"{name!r} is not a base that transformers can load ({first}). "
-            "Wanted smollm2, scratch:tiny, a directory or a hub name."
-        ) from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise ModelError(
-            f"{name!r} has no fast tokenizer ({type(tokenizer).__name__}); its ids cannot be compressed"
-        )
+    tokenizer = pretrained_tokenizer(named)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": False}
+    if named.cached_only:
+        # the second for transformers' own question whether this is an adapter, which the first does not reach
+        options |= {"local_files_only": True, "adapter_kwargs": {"local_files_only": True}}
+    with transformers_refusals(named.name):
+        model = AutoModelForCausalLM.from_pretrained(named.name, **options)
     return model.eval(), tokenizer

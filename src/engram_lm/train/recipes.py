@@ -20,9 +20,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.errors import ConfigError, DataError, MissingExtraError
+from engram_lm.errors import ConfigError, DataError
+from engram_lm.extras import missing
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 EOS_TOKEN = "<|end|>"
@@ -103,9 +105,7 @@ def build_model(recipe: Recipe, *, tokenizer: Any, seed: int = 0) -> LlamaForCau
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
-        raise MissingExtraError(
-            'from-scratch models need torch and transformers: pip install "engram-lm[hf]"'
-        ) from error
+        raise missing("From-scratch models need torch and transformers", "hf") from error
 
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -144,7 +144,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
             seen += len(text)
             yield text
 
-    tokenizer = _train(counted(), vocab_size)
+    tokenizer = _wrapped(_train(counted(), vocab_size))
     if not seen:
         raise DataError("a tokenizer cannot be trained on no text: every document is empty")
     return tokenizer
@@ -152,16 +152,25 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """256 bytes, end and pad: the tokenizer that needs no text."""
+    return _wrapped(byte_backend())
+
+
+def byte_backend() -> Tokenizer:
+    """`byte_tokenizer()` as the tokenizers library has it, without transformers."""
     return _train((), MIN_VOCAB_SIZE)
 
 
-def _train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
     try:
         from transformers import PreTrainedTokenizerFast
     except ImportError as error:
-        raise MissingExtraError(
-            'from-scratch tokenizers need transformers: pip install "engram-lm[hf]"'
-        ) from error
+        raise missing("From-scratch tokenizers need transformers", "hf") from error
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN, clean_up_tokenization_spaces=False
+    )
+
+
+def _train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -176,6 +185,4 @@ def _train(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(iter(texts), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token=EOS_TOKEN, pad_token=PAD_TOKEN, clean_up_tokenization_spaces=False
-    )
+    return backend

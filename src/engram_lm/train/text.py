@@ -87,6 +87,20 @@ def read_documents(
     return documents()
 
 
+def require_documents(files: Files, *, field: str = "text") -> list[Path]:
+    """`find_files`, and the beginning of each read: DataError where one cannot be read, is empty, or has not the field.
+
+    It costs a page a file, so that a mistyped name or field is said before a model is loaded.
+    """
+    paths = find_files(files)
+    for path in paths:
+        lines = read_lines(path)
+        first = json_lines(lines, path, field) if kind_of(path) == ".jsonl" else lines
+        if next(iter(first), None) is None:
+            raise DataError(f"{path} is empty: it holds no document")
+    return paths
+
+
 def kind_of(path: Path) -> Literal[".txt", ".jsonl"]:
     """How a file is read, by its name without .gz or .xz."""
     inner = path.with_suffix("") if path.suffix in (".gz", ".xz") else path

@@ -18,7 +18,8 @@ import importlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.errors import ConfigError, MissingExtraError, StateError
+from engram_lm.errors import ConfigError, StateError
+from engram_lm.extras import missing
 from engram_lm.vllm.options import options_of, settings_of
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ class MemoryLogitsProcessor(*_bases()):  # type: ignore[misc]
         if settings is None or _made_before(vllm_config, self):
             return
         if not _bases():
-            raise MissingExtraError(
-                'Memory in vLLM needs vLLM: pip install "engram-lm[vllm]" in its own environment.'
-            )
+            raise missing("Memory in vLLM needs vLLM, in an environment of its own", "vllm")
         _require_supported(vllm_config, version=1 if self._states is None else 2)
         self._live = _live_of(settings, vllm_config)
 

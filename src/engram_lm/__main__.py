@@ -1,0 +1,5 @@
+"""python -m engram_lm"""
+
+from engram_lm.cli import main
+
+main()
