@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from engram_lm.attachment import load_memory, memories, save_memory
-from engram_lm.attachment.files import read_manifest
+from engram_lm.attachment.files import read_manifest, require_own_adapter, require_own_base
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, ModelError, RowUpdateError
 
 WHOLE = "whole.json"
@@ -192,7 +192,7 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> None:
             f"{directory} holds {'an adapter' if kept == 'adapter' else 'no adapter'}; "
             f"the model has {'one' if is_adapted else 'none'}."
         )
-    trained = _trained_weights(model, directory, kept)
+    trained = _trained_weights(model, directory, manifest)
     load_memory(model, directory, row_state=True)
     if kept == "adapter":
         from peft import set_peft_model_state_dict
@@ -205,10 +205,12 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> None:
                 own[name].copy_(tensor)
 
 
-def _trained_weights(model: nn.Module, directory: Path, kept: str | None) -> dict[str, torch.Tensor]:
+def _trained_weights(model: nn.Module, directory: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    kept = manifest["base_files"]
     if kept == "adapter":
         from safetensors.torch import load_file
 
+        require_own_adapter(directory, manifest)
         return load_file(directory / "adapter" / "adapter_model.safetensors")
     if kept != "base":
         return {}
@@ -216,7 +218,9 @@ def _trained_weights(model: nn.Module, directory: Path, kept: str | None) -> dic
 
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with quiet_libraries():
-        weights = type(model).from_pretrained(directory / "base", dtype=dtype).state_dict()
+        base = type(model).from_pretrained(directory / "base", dtype=dtype)
+    require_own_base(directory, manifest, base, dtype=dtype)
+    weights = base.state_dict()
     wanted = {name: tensor for name, tensor in model.state_dict().items() if ".engram." not in f".{name}"}
     if set(weights) != set(wanted) or any(weights[name].shape != wanted[name].shape for name in wanted):
         raise CheckpointError(
