@@ -286,9 +286,11 @@ class RowGradients:
         scale = (1.0 if factor is None else factor) / loss_scale
         self.table.update(unique_U, merged_UW, rule=self.rule, learning_rate=learning_rate, scale=scale)
         rows.applied_by = weakref.ref(by)
-        self.set_updates(
-            self.updates + 1, run=_next_run(self.run, float(gradient), learning_rate, loss_scale)
+        # a table that trains on disk knows its own
+        run = getattr(self.table, "run", None) or _next_run(
+            self.run, float(gradient), learning_rate, loss_scale
         )
+        self.set_updates(self.updates + 1, run=run)
 
 
 def require_trains(handle: Tensor) -> None:
