@@ -90,6 +90,35 @@ def stepped_twice(trainee: Trainee) -> None:
         optimizer.step()
 
 
+def _in_one_buffer(trainee: Trainee) -> Tensor:
+    """Gradients laid out one after the other; returns all of them as one tensor."""
+    buffer = torch.zeros(sum(parameter.numel() for parameter in trainee.parameters()))
+    at = 0
+    for parameter in trainee.parameters():
+        parameter.grad = buffer[at : at + parameter.numel()].view_as(parameter)
+        at += parameter.numel()
+    return buffer
+
+
+@way("zeroing", "gradients in one buffer, which is zeroed")
+def one_buffer(trainee: Trainee) -> None:
+    optimizer, buffer = trainee.optimizer(), _in_one_buffer(trainee)
+    for i in range(3):
+        (trainee.loss(2 * i) * (NAN if i == 1 else 1)).backward()
+        buffer.zero_()
+        trainee.loss(2 * i + 1).backward()
+        optimizer.step()
+        buffer.zero_()
+
+
+@way("zeroing", "gradients in one buffer, which is scaled", REFUSED)
+def one_buffer_scaled(trainee: Trainee) -> None:
+    optimizer, buffer = trainee.optimizer(), _in_one_buffer(trainee)
+    trainee.loss(0).backward()
+    buffer.mul_(0.5)
+    optimizer.step()
+
+
 @way("zeroing", "between forward and backward")
 def zeroed_after_forward(trainee: Trainee) -> None:
     optimizer = trainee.optimizer()

@@ -231,14 +231,12 @@ def _trained_weights(model: nn.Module, directory: Path, manifest: dict[str, Any]
 
 def _refuse(args: TrainingArguments) -> None:
     reasons = {
-        "fp16 (its gradient scaling never reaches the rows; use bf16 or float32)": getattr(
-            args, "fp16", False
-        ),
+        "fp16 (not tried with rows yet; use bf16 or float32)": getattr(args, "fp16", False),
         "DeepSpeed": bool(getattr(args, "deepspeed", None)),
         "FSDP": bool(getattr(args, "fsdp", None)),
         "torch.distributed with several processes": args.world_size > 1,
         "DataParallel over several devices (set CUDA_VISIBLE_DEVICES to one)": args.n_gpu > 1,
-        "auto_find_batch_size (a failed step leaves row gradients behind)": args.auto_find_batch_size,
+        "auto_find_batch_size (it starts again on rows and weights that have moved)": args.auto_find_batch_size,
     }
     for name, asked in reasons.items():
         if asked:

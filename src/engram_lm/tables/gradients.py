@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from engram_lm.errors import RowUpdateError, StateError
 from engram_lm.kernels import rows as kernels
-from engram_lm.tables.pending import RowsGradient, gradient_of, replace, standing
+from engram_lm.tables.pending import RowsGradient, gradient_of, put, standing
 from engram_lm.tables.rules import RowAdam, RowRule
 
 # Every table that has a handle, so that an optimizer step can find those it passes over. Keys are handle object ids.
@@ -222,11 +222,8 @@ class RowGradients:
                 "reach the rows. Register gradient hooks on the other parameters alone."
             )
         after = arrived if before is None else self._sum_of(before, arrived)
-        held = self.handle.grad
-        if isinstance(held, RowsGradient):
-            replace(held, after)  # in place, as torch adds to a gradient
-        else:
-            self.handle.grad = after
+        # in place, as torch adds to a gradient: it may be a part of a larger buffer, or held elsewhere
+        self.handle.grad = put(after, self.handle.grad)
 
     def _summed(self, incoming: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
         """(unique_U, merged_UW) of the reads of one backward."""
@@ -237,10 +234,9 @@ class RowGradients:
         return rows
 
     def _sum_of(self, before: RowsGradient, arrived: RowsGradient) -> RowsGradient:
-        if before.rows.merged_UW is None or arrived.rows.merged_UW is None:
-            return (
-                before if before.rows.merged_UW is None else arrived
-            )  # which stay what they are: not finite
+        for one in (before, arrived):
+            if one.rows.merged_UW is None:  # not finite, and nothing that is added makes it so
+                return one
         both = zip(before.rows.scaled(), arrived.rows.scaled(), strict=True)
         return self._gradient(*merge(*(torch.cat(pair) for pair in both)))
 
@@ -253,12 +249,9 @@ class RowGradients:
     def pending(self) -> RowsGradient | None:
         """The gradient that waits for an optimizer's step, None where there is none."""
         gradient = self.handle.grad
-        is_pending = (
-            isinstance(gradient, RowsGradient)
-            and gradient.rows.merged_UW is not None
-            and gradient.rows.applied_by is None
-        )
-        return gradient if is_pending else None
+        if not isinstance(gradient, RowsGradient) or gradient.rows.applied_by is not None:
+            return None
+        return gradient if gradient.rows.merged_UW is not None and float(gradient) != 0.0 else None
 
     @property
     def _pending(self) -> tuple[Tensor, Tensor] | None:

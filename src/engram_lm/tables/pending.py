@@ -199,11 +199,16 @@ def standing(gradient: Tensor | None, *, name: str) -> RowsGradient | None:
     return gradient
 
 
-def replace(gradient: RowsGradient, other: RowsGradient) -> None:
-    """Give `gradient`, in place, the number and the rows of `other`."""
+def put(gradient: RowsGradient, where: Tensor) -> RowsGradient:
+    """`gradient` in the memory of `where`, which is a tensor of one element, and the object where that is one with rows."""
     with torch._C.DisableTorchFunctionSubclass():
-        gradient.copy_(other)
-        _take(gradient.rows, other.rows, gradient)
+        if where.requires_grad:  # by create_graph
+            return gradient
+        where.copy_(gradient)
+        if not isinstance(where, RowsGradient):
+            return _with_rows(where, gradient.rows)
+        _take(where.rows, gradient.rows, where)
+    return where
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------

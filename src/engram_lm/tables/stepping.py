@@ -134,7 +134,5 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Note whose gradients this step passed over. Another optimizer may still apply them; the next forward asks."""
     for owner in list(_OWNERS.values()):
-        if owner.pending is None or holds(optimizer, owner.handle):
-            continue
-        if owner.shares_with(optimizer):
+        if not holds(optimizer, owner.handle) and owner.pending is not None and owner.shares_with(optimizer):
             owner._passed_over = type(optimizer).__name__
