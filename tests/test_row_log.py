@@ -253,3 +253,33 @@ def test_a_killed_run_rolls_back_to_its_checkpoint_and_goes_on_bit_for_bit(tmp_p
         step(straight, seed)
         step(table, seed)
     assert torch.equal(everything(table), everything(straight))
+
+
+def test_a_log_of_another_run_is_not_taken_for_the_checkpoints(tmp_path):
+    """Equal numbers of updates, of rows in each, and of bytes: as a run leaves them that was started anew."""
+    base_file(tmp_path / "t.engram")
+    chains, lengths = [], []
+    for scale in (1.0, 0.5):
+        (tmp_path / "t.rows").unlink(missing_ok=True)
+        table = LoggedTable.open(tmp_path / "t.engram", tmp_path / "t.rows")
+        for seed in range(2):
+            address = torch.arange(10 * seed, 10 * seed + 5)
+            optimizer = torch.optim.SGD([table.gradients.handle], lr=scale)
+            table.read(address, table.gradients.handle).sum().backward()
+            optimizer.step()
+        where = table.where()
+        chains.append(where["chain"])
+        lengths.append(where["position"])
+        assert table.store.chain_at(where["position"]) == where["chain"] == table.store.chain
+        assert table.gradients.run == table.run
+        for at in (where["position"] - 1, where["position"] + 1):
+            with pytest.raises(CheckpointError, match=r"no whole batch that ends at|the log lost rows"):
+                table.store.chain_at(at)
+        kept = table.gradients.run
+        table.close()
+        # what it is known by is in the log
+        again = LoggedTable.open(tmp_path / "t.engram", tmp_path / "t.rows")
+        assert again.gradients.run == kept
+        again.close()
+    assert lengths[0] == lengths[1]
+    assert chains[0] != chains[1]

@@ -268,3 +268,33 @@ def test_rows_on_disk_train_as_in_memory_and_go_on_from_a_position_of_their_log(
         there = engram_lm.from_pretrained(tmp_path / "saved", tier=tier)
         with torch.no_grad():
             assert torch.equal(there(ids).logits, memory.eval()(ids).logits)
+
+
+def test_a_log_of_another_run_of_equal_length_is_refused(tmp_path):
+    model, table = on_disk(a_model(), tmp_path)
+    MemoryTrainer(model, arguments(tmp_path / "d", max_steps=2), train_dataset=Lines()).train()
+    table.close()
+    (tmp_path / "base.rows").unlink()
+    # the same texts, and so the same rows, at another rate
+    model, table = on_disk(a_model(), tmp_path)
+    other = arguments(tmp_path / "e", max_steps=2, learning_rate=1e-3)
+    MemoryTrainer(model, other, train_dataset=Lines()).train()
+    before = table.gather(torch.arange(table.n_rows))
+    with pytest.raises(
+        CheckpointError, match=r"holds other rows up to position [\d,]+ than when .* was saved"
+    ):
+        load_checkpoint(model, tmp_path / "d" / "checkpoint-2")
+    assert torch.equal(table.gather(torch.arange(table.n_rows)), before)
+    load_checkpoint(model, tmp_path / "e" / "checkpoint-2")
+
+
+def test_the_base_of_another_checkpoint_is_refused(tmp_path):
+    for out, rate in (("a", 3e-3), ("b", 1e-3)):
+        args = arguments(tmp_path / out, max_steps=2, learning_rate=rate)
+        MemoryTrainer(a_model(), args, train_dataset=Lines()).train()
+    here, there = (tmp_path / out / "checkpoint-2" for out in "ab")
+    shutil.copytree(there / "base", here / "base", dirs_exist_ok=True)
+    model = a_model()
+    with pytest.raises(CheckpointError, match=r"base belongs to another save than memory\.json"):
+        load_checkpoint(model, here)
+    assert not rows_of(model).any()

@@ -1,6 +1,7 @@
 """A memory on disk: a directory that says what it belongs to and refuses to be read as anything else.
 
-    DIR/memory.json                  format, version, save id, base, and for every memory its config, identities and files
+    DIR/memory.json                  format, version, save id, base, and for every memory its config, and for every table its
+                                     identity, its number of updates, and the number of the training run they are of
         memory.safetensors           projections, norms, convs, handles
         tokens-NAME.bin              the token map
         rows-NAME-BLOCK.safetensors  the rows of one table
@@ -9,8 +10,13 @@
         base/ or adapter/            the base model where it was trained too, or its LoRA adapter
 
 Every file and folder is written beside its target and moved into place, memory.json last; all carry one save id (a base
-beside them its fingerprint), so that a directory with files of two saves is refused. Loading compares address identities,
-sizes, and the base's fingerprint.
+or adapter beside them its fingerprint), so that a directory with files of two saves is refused. Loading compares address
+identities, sizes, and the base's fingerprint.
+
+"run" stands in memory.json beside "updates", and in the metadata of memory.safetensors and of the files of rows and row
+state. It is drawn at random at the first update and mixed with every later one (`tables.gradients`), so that weights and
+rows of different runs are told apart where their numbers of updates are equal. Memories saved before it have none, and are
+read without this check.
 """
 
 import contextlib
@@ -32,6 +38,7 @@ from torch import Tensor, nn
 
 from engram_lm.addressing import Identity
 from engram_lm.attachment.card import card
+from engram_lm.attachment.memory import RUN
 from engram_lm.attachment.placement import Tier
 from engram_lm.attachment.rows import find_rows, packed_name, read_tensors
 from engram_lm.config import MemoryConfig
@@ -90,7 +97,7 @@ def save_memory(
             ) from None
 
     try:
-        entries, parameters = [], {}
+        entries, parameters, runs = [], {}, {}
         for memory in runtime.memories.values():
             tables = []
             for index, slot in enumerate(memory.slots):
@@ -99,9 +106,13 @@ def save_memory(
                         f"The projection of {memory.name!r} was replaced by {type(slot.projection).__name__}, which a memory "
                         'cannot be loaded into. Give PEFT exclude_modules=".*engram.*".'
                     )
-                parameters |= {f"{memory.name}.{index}.{k}": v for k, v in slot.state_dict().items()}
+                gradients = slot.table.gradients
+                gradients.check_updates()
+                weights = {k: v for k, v in slot.state_dict().items() if k != RUN}
+                parameters |= {f"{memory.name}.{index}.{k}": v for k, v in weights.items()}
+                runs[f"{memory.name}.{index}"] = gradients.run
                 identity, stem = slot.scheme.identity, f"{memory.name}-{slot.block}"
-                log = None
+                log, chain = None, None
                 if isinstance(slot.table, LoggedTable):
                     tensors = {}
                     if row_state:
@@ -110,6 +121,7 @@ def save_memory(
                         beside = directory / f".{packed_name(stem)}.{save_id}"
                         waiting.append((beside, directory / packed_name(stem)))
                         slot.table.store.fold(beside, note=save_id)
+                        chain = slot.table.store.chain
                 else:
                     tensors = slot.table.checkpoint()
                     rows = tensors.pop("rows")
@@ -117,21 +129,25 @@ def save_memory(
                         f"rows-{stem}.safetensors",
                         {"rows": rows.to(row_dtype or rows.dtype)},
                         identity=identity.hash,
+                        run=str(gradients.run),
                     )
                 if row_state and tensors:
                     put(
                         f"state-{stem}.safetensors",
                         tensors,
-                        rule=json.dumps(slot.table.gradients.rule.to_json()),
+                        rule=json.dumps(gradients.rule.to_json()),
+                        run=str(gradients.run),
                     )
                 tables.append(
                     {
                         "block": slot.block,
                         "rows": slot.table.n_rows,
                         "width": slot.table.width,
-                        "updates": slot.table.gradients.updates,
+                        "updates": gradients.updates,
+                        "run": gradients.run,
                         "row_state": bool(row_state and tensors),
                         **({"log": log} if log is not None else {}),
+                        **({"chain": chain} if chain is not None else {}),
                         "identity": identity.hash,
                         "identity_facts": json.loads(identity.json),
                     }
@@ -140,7 +156,7 @@ def save_memory(
             waiting.append((beside, directory / f"tokens-{memory.name}.bin"))
             memory.token_map.save(beside)
             entries.append({"config": memory.config.to_json(), "tables": tables})
-        put("memory.safetensors", parameters, config=_config_hash(entries))
+        put("memory.safetensors", parameters, config=_config_hash(entries), run=json.dumps(runs))
         kept = _save_base(model, staged, runtime.base, base_files)
         tokenizer = tokenizer if tokenizer is not None else runtime.tokenizer
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
@@ -154,6 +170,7 @@ def save_memory(
             "base": asdict(runtime.base),
             "base_files": kept,
             "base_files_sha256": fingerprint_of(model) if kept == "base" else None,
+            "adapter_sha256": _adapter_hash(staged) if kept == "adapter" else None,
             "memories": entries,
         }
         beside = directory / f".{MANIFEST}.{save_id}"
@@ -216,12 +233,7 @@ def _with_memories(
     kept = manifest["base_files"]
     if base is None and kept == "base":
         base = _base_beside(directory, dtype)
-        wanted = manifest.get("base_files_sha256")
-        # float16 rounds what the fingerprint reads
-        if wanted not in (None, fingerprint_of(base)) and dtype != torch.float16:
-            raise CheckpointError(
-                f"{directory / 'base'} belongs to another save than {MANIFEST}; copy the directory again, whole."
-            )
+        require_own_base(directory, manifest, base, dtype=dtype)
     elif base is None:
         base = load_base(ref.name, dtype=dtype, report=lambda line: None).model
     if kept != "base":
@@ -229,6 +241,7 @@ def _with_memories(
     if kept == "adapter":
         from peft import PeftModel
 
+        require_own_adapter(directory, manifest)
         with quiet_libraries():
             base = PeftModel.from_pretrained(base, str(directory / "adapter"))
     tokenizer = _tokenizer(directory)
@@ -268,7 +281,10 @@ def _load_memory(
             f"{directory} holds the memories {sorted(saved)}; the model has {sorted(runtime.memories)}."
         )
     parameters = read_tensors(
-        directory / "memory.safetensors", manifest["save_id"], config=_config_hash(manifest["memories"])
+        directory / "memory.safetensors",
+        manifest["save_id"],
+        run=_runs_in(manifest),
+        config=_config_hash(manifest["memories"]),
     )
     fill = []
     for name, memory in runtime.memories.items():
@@ -288,7 +304,7 @@ def _load_memory(
                 )
             prefix = f"{name}.{index}."
             weights = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
-            wanted = slot.state_dict()
+            wanted = {k: v for k, v in slot.state_dict().items() if k != RUN}
             if set(weights) != set(wanted) or any(weights[k].shape != wanted[k].shape for k in wanted):
                 raise CheckpointError(f"{where}: memory.safetensors does not hold this layer's parameters.")
             updates = int(entry["updates"])
@@ -296,11 +312,11 @@ def _load_memory(
                 raise CheckpointError(
                     f"{where}: the weights carry {float(weights['handle']):.0f} row updates, {MANIFEST} says {updates}."
                 )
-            fill.append((slot, weights, rows, updates))
-    for slot, weights, rows, updates in fill:
+            fill.append((slot, weights, rows, updates, int(entry.get("run", 0))))
+    for slot, weights, rows, updates, run in fill:
         rows.put(slot, model)
         slot.load_state_dict(weights)
-        slot.table.gradients.set_updates(updates)
+        slot.table.gradients.set_updates(updates, run=run)
 
 
 def save_pretrained(model: nn.Module, save_directory: str | os.PathLike, **options: Any) -> None:
@@ -331,6 +347,48 @@ def read_manifest(directory: Path) -> dict[str, Any]:
             f"{path} has format {form!r} version {version}; this build reads {FORMAT!r} version {VERSION}."
         )
     return manifest
+
+
+def require_own_base(
+    directory: Path, manifest: dict[str, Any], base: nn.Module, *, dtype: torch.dtype | None
+) -> None:
+    """CheckpointError unless `base`, read from base/ in `dtype`, is of memory.json's save. Older ones do not say."""
+    wanted = manifest.get("base_files_sha256")
+    # float16 rounds what the fingerprint reads
+    if dtype != torch.float16 and wanted not in (None, fingerprint_of(base)):
+        raise _other_save(directory / "base")
+
+
+def require_own_adapter(directory: Path, manifest: dict[str, Any]) -> None:
+    """CheckpointError unless adapter/ is of the save that memory.json is of. Older ones do not say."""
+    if manifest.get("adapter_sha256") not in (None, _adapter_hash(directory)):
+        raise _other_save(directory / "adapter")
+
+
+def _other_save(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} belongs to another save than {MANIFEST}; copy the directory again, whole."
+    )
+
+
+def _adapter_hash(directory: Path) -> str:
+    """sha256 of a LoRA adapter's weights."""
+    path = directory / "adapter" / "adapter_model.safetensors"
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _runs_in(manifest: dict[str, Any]) -> dict[str, int] | None:
+    """The number of the training run of every layer, as memory.safetensors names layers; None in older memories."""
+    tables = {
+        f"{entry['config']['name']}.{index}": table.get("run")
+        for entry in manifest["memories"]
+        for index, table in enumerate(entry["tables"])
+    }
+    return None if None in tables.values() else tables
 
 
 def _config_hash(entries: list[dict[str, Any]]) -> str:

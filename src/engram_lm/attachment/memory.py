@@ -21,6 +21,9 @@ from engram_lm.nn import EngramLayer, Window
 from engram_lm.tables import DeviceTable, rule_from_json
 from engram_lm.vocab import TokenMap
 
+# Torch's name for what `get_extra_state` returns.
+RUN = "_extra_state"
+
 
 class MemorySlot(EngramLayer):
     """The Engram layer before one block, with the handle of its table."""
@@ -40,7 +43,6 @@ class MemorySlot(EngramLayer):
         self.handle = table.gradients.handle
         # of a control that looks nothing up, float [M, D]
         self.register_parameter("bias", None)
-        self.register_load_state_dict_post_hook(_weights_were_loaded)
         self._prepare(token_map, dead_token_ids)
 
     def _prepare(self, token_map: Any, dead_token_ids: tuple[int, ...] = ()) -> None:
@@ -64,13 +66,24 @@ class MemorySlot(EngramLayer):
             self.on_device = self.on_device.to(device)
         return self
 
+    def get_extra_state(self) -> Tensor:
+        """The number of the training run that the rows come from: in a state_dict it stands beside the handle's count."""
+        return torch.tensor([self.table.gradients.run])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing here: it is the rows' number that counts, and `_load_from_state_dict` has the two compared."""
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """A state_dict brings weights, never rows: the next forward compares their counts of updates and their runs."""
+        if prefix + "handle" in state_dict:
+            self.table.gradients.weights_were_loaded(state_dict.get(prefix + RUN))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        missing = args[2]
+        if prefix + RUN in missing:  # of weights that were saved before there was such a number
+            missing.remove(prefix + RUN)
+
     def extra_repr(self) -> str:
         return f"block={self.block}, rows={self.table.n_rows}x{self.table.width}"
-
-
-def _weights_were_loaded(slot: MemorySlot, incompatible_keys: Any) -> None:
-    """A state_dict brings weights, never rows: the next forward compares their counts of updates."""
-    slot.table.gradients.weights_were_loaded()
 
 
 class Memory:

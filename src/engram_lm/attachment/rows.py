@@ -5,6 +5,7 @@ rows-NAME-BLOCK.engram          of a table that trained on disk, written in a fe
 neither                         in a training checkpoint of such a table: memory.json names a position of its log
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,16 +55,18 @@ def find_rows(
         path = directory / packed_name(stem)
         header = read_header(path)
         _require_save(path, header.note, save_id)
+        if not header.made_by.endswith(entry.get("chain", "")):
+            raise _other_run(path)
         layout = open_packed(path)
     else:
         path = directory / f"rows-{stem}.safetensors"
         if tier == "device":
-            tensors = read_tensors(path, save_id, identity=entry["identity"])
+            tensors = read_tensors(path, save_id, run=entry.get("run"), identity=entry["identity"])
             state = directory / f"state-{stem}.safetensors"
             if row_state and entry.get("row_state", state.exists()):
-                tensors |= read_tensors(state, save_id)
+                tensors |= read_tensors(state, save_id, run=entry.get("run"))
             return SavedRows(tuple(tensors["rows"].shape), lambda slot, model: slot.table.restore(tensors))
-        read_tensors(path, save_id, names=(), identity=entry["identity"])
+        read_tensors(path, save_id, names=(), run=entry.get("run"), identity=entry["identity"])
         layout = rows_layout(path, identity=facts)
 
     def put(slot: MemorySlot, model: nn.Module) -> None:
@@ -87,6 +90,12 @@ def _in_a_log(directory: Path, entry: dict[str, Any], slot: MemorySlot) -> Saved
             f"The rows of {directory} are position {log['position']:,} of the log {log['log']}. Put LoggedTable.open("
             f'"{log["base"]}", "{log["log"]}") into the model with use_table, then load.'
         )
+    # memories that were saved before there was a chain have none
+    if log.get("chain") not in (None, table.store.chain_at(log["position"])):
+        raise CheckpointError(
+            f"The log {log['log']} holds other rows up to position {log['position']:,} than when {directory} was saved: it "
+            "is of another training run. Put back the log that the checkpoint belongs to, or train anew."
+        )
     position = torch.tensor([log["position"], entry["updates"]])
     return SavedRows(
         (table.n_rows, table.width), lambda slot, model: slot.table.restore({"log_position": position})
@@ -94,9 +103,17 @@ def _in_a_log(directory: Path, entry: dict[str, Any], slot: MemorySlot) -> Saved
 
 
 def read_tensors(
-    path: Path, save_id: str, *, names: tuple[str, ...] | None = None, **marks_wanted: str
+    path: Path,
+    save_id: str,
+    *,
+    names: tuple[str, ...] | None = None,
+    run: int | dict[str, int] | None = None,
+    **marks_wanted: str,
 ) -> dict[str, Tensor]:
-    """The tensors (default all) of one file of the save `save_id`, whose other marks are as wanted."""
+    """The tensors (default all) of one file of the save `save_id`, whose other marks are as wanted.
+
+    run: the number of the training run; of memory.safetensors one for each of its layers. None in older memories.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             marks = file.metadata() or {}
@@ -109,7 +126,15 @@ def read_tensors(
     for mark, wanted in marks_wanted.items():
         if marks.get(mark) != wanted:
             raise IdentityError(f"{path} was saved with {mark} {marks.get(mark)}; memory.json says {wanted}.")
+    if run is not None and json.loads(marks.get("run", "null")) != run:
+        raise _other_run(path)
     return tensors
+
+
+def _other_run(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path} comes from another training run than memory.json; copy the directory again, whole."
+    )
 
 
 def _require_save(path: Path, found: str | None, wanted: str) -> None:

@@ -31,10 +31,11 @@ from engram_lm.attachment.arguments import (
 from engram_lm.attachment.controls import add_bias
 from engram_lm.attachment.memory import Memory, MemorySlot
 from engram_lm.attachment.structure import Decoder
-from engram_lm.errors import ConfigError, ModelError, RowUpdateError, StateError
+from engram_lm.errors import ConfigError, ModelError, StateError
 from engram_lm.kvcache import cache_in
 from engram_lm.nn import MemoryState, Window
 from engram_lm.nn.cache import find_state, state_of
+from engram_lm.tables.gradients import require_trains
 from engram_lm.tables.protocol import Ticket
 from engram_lm.traces import LayerTrace
 
@@ -197,7 +198,7 @@ class MemoryRuntime:
             learning = torch.is_grad_enabled() and slot.handle.requires_grad
             slot.table.gradients.check(slot.handle, training=learning)
             if learning and slot.training:
-                _refuse_distributed(slot)
+                require_trains(slot.handle)
         rows_BTCW = _on_device(slot.table.read(address_BTC, slot.handle, ticket), hidden.device)
         if memory.reading is not None:
             rows_BTCW = memory.reading.rows(slot, address_BTC, rows_BTCW)
@@ -245,17 +246,6 @@ class _BlockHook:
                 f"A block of {name} ran outside its decoder's forward, so memory does not know the token ids."
             )
         return now[1]
-
-
-def _refuse_distributed(slot: MemorySlot) -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise RowUpdateError(
-            "Rows train in one process: DDP, FSDP and other torch.distributed training are not supported yet, because "
-            "row gradients would not be summed over ranks. Use one rank, or freeze rows with handle.requires_grad_(False)."
-        )
-    if slot.handle.dtype == torch.float16:
-        raise RowUpdateError("Rows do not train under float16 weights; use float32 or bfloat16.")
 
 
 # ---- trace -----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from engram_lm.attachment import load_memory, memories, save_memory
-from engram_lm.attachment.files import read_manifest
+from engram_lm.attachment.files import read_manifest, require_own_adapter, require_own_base
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, ModelError, RowUpdateError
 
 WHOLE = "whole.json"
@@ -192,7 +192,7 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> None:
             f"{directory} holds {'an adapter' if kept == 'adapter' else 'no adapter'}; "
             f"the model has {'one' if is_adapted else 'none'}."
         )
-    trained = _trained_weights(model, directory, kept)
+    trained = _trained_weights(model, directory, manifest)
     load_memory(model, directory, row_state=True)
     if kept == "adapter":
         from peft import set_peft_model_state_dict
@@ -205,10 +205,12 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> None:
                 own[name].copy_(tensor)
 
 
-def _trained_weights(model: nn.Module, directory: Path, kept: str | None) -> dict[str, torch.Tensor]:
+def _trained_weights(model: nn.Module, directory: Path, manifest: dict[str, Any]) -> dict[str, torch.Tensor]:
+    kept = manifest["base_files"]
     if kept == "adapter":
         from safetensors.torch import load_file
 
+        require_own_adapter(directory, manifest)
         return load_file(directory / "adapter" / "adapter_model.safetensors")
     if kept != "base":
         return {}
@@ -216,7 +218,9 @@ def _trained_weights(model: nn.Module, directory: Path, kept: str | None) -> dic
 
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     with quiet_libraries():
-        weights = type(model).from_pretrained(directory / "base", dtype=dtype).state_dict()
+        base = type(model).from_pretrained(directory / "base", dtype=dtype)
+    require_own_base(directory, manifest, base, dtype=dtype)
+    weights = base.state_dict()
     wanted = {name: tensor for name, tensor in model.state_dict().items() if ".engram." not in f".{name}"}
     if set(weights) != set(wanted) or any(weights[name].shape != wanted[name].shape for name in wanted):
         raise CheckpointError(
@@ -227,14 +231,12 @@ def _trained_weights(model: nn.Module, directory: Path, kept: str | None) -> dic
 
 def _refuse(args: TrainingArguments) -> None:
     reasons = {
-        "fp16 (its gradient scaling never reaches the rows; use bf16 or float32)": getattr(
-            args, "fp16", False
-        ),
+        "fp16 (not tried with rows yet; use bf16 or float32)": getattr(args, "fp16", False),
         "DeepSpeed": bool(getattr(args, "deepspeed", None)),
         "FSDP": bool(getattr(args, "fsdp", None)),
         "torch.distributed with several processes": args.world_size > 1,
         "DataParallel over several devices (set CUDA_VISIBLE_DEVICES to one)": args.n_gpu > 1,
-        "auto_find_batch_size (a failed step leaves row gradients behind)": args.auto_find_batch_size,
+        "auto_find_batch_size (it starts again on rows and weights that have moved)": args.auto_find_batch_size,
     }
     for name, asked in reasons.items():
         if asked:

@@ -49,7 +49,7 @@ class LoggedTable(StoredTable):
             name: (tuple(tensor.shape[1:]), tensor.dtype)
             for name, tensor in self.gradients.rule.new_state(1, self.width, _small).items()
         }
-        self.gradients.set_updates(store.last_update)
+        self.gradients.set_updates(store.last_update, run=self.run)
 
     @classmethod
     def open(
@@ -81,6 +81,11 @@ class LoggedTable(StoredTable):
         raise CheckpointError(
             f"{self.store.name} trains on disk, and two models cannot write one log. Checkpoint, and open it again."
         )
+
+    @property
+    def run(self) -> int:
+        """The number of the training run: here a hash of what the log holds, as it is known when the log is opened again."""
+        return (int(self.store.chain, 16) >> 12 or 1) if self.store.last_update else 0
 
     def state_bytes(self) -> int:
         """Bytes of row-optimizer state in the log, for the rows that it holds."""
@@ -117,12 +122,13 @@ class LoggedTable(StoredTable):
         return {"log_position": torch.tensor([self.store.sync(), self.gradients.updates])}
 
     def where(self) -> dict[str, Any]:
-        """What a checkpoint writes down: the base, the log, and the position that is now on disk."""
+        """What a checkpoint writes down: the base, the log, the position that is now on disk, and a hash of all before it."""
         base = self.store.base.layout.segments[0].path
         return {
             "base": str(base.resolve()),
             "log": str(self.store.path.resolve()),
             "position": self.store.sync(),
+            "chain": self.store.chain,
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -133,7 +139,7 @@ class LoggedTable(StoredTable):
             )
         position, updates = tensors["log_position"].tolist()
         self.store.roll_back(position)
-        self.gradients.set_updates(updates)
+        self.gradients.set_updates(updates, run=self.run)
 
     def _unpack(self, state_US: np.ndarray) -> dict[str, Tensor]:
         state, at = {}, 0

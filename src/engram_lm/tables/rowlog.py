@@ -141,12 +141,21 @@ class LoggedStore(Store):
             self.last_update, self._chain = update, _linked(self._chain, wanted)
             at += _BATCH.size + body_bytes
         if until is not None and at != until:
-            raise CheckpointError(
-                f"{self.path} has no whole batch that ends at {until:,}; it holds batches to {at:,}. The checkpoint and the "
-                "log do not belong together."
-            )
+            raise self._no_batch_ends_at(until, at)
         os.ftruncate(self._file, at)
         return at
+
+    def _require_length(self, position: int) -> None:
+        if not START <= position <= self.position:
+            raise CheckpointError(
+                f"{self.path} ends at {self.position:,}; the checkpoint names {position:,}: the log lost rows."
+            )
+
+    def _no_batch_ends_at(self, position: int, at: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} has no whole batch that ends at {position:,}; it holds batches to {at:,}. The checkpoint and the "
+            "log do not belong together."
+        )
 
     def _map(self, row_U: np.ndarray, first_entry: int) -> None:
         place_U = first_entry + np.arange(len(row_U), dtype=np.int64) * self.entry_bytes
@@ -231,13 +240,26 @@ class LoggedStore(Store):
             os.fsync(self._file)
             return self.position
 
+    @property
+    def chain(self) -> str:
+        """A hash of the base and of every batch so far: two logs that have the same are the same."""
+        return f"{self._chain:016x}"
+
+    def chain_at(self, position: int) -> str:
+        """What `chain` was when the log ended at `position`. CheckpointError where that is no position of this log."""
+        self._require_length(position)
+        at, chain = START, self._first_link
+        while at < position:
+            _, count, _, wanted = _BATCH.unpack(os.pread(self._file, _BATCH.size, at))
+            at, chain = at + _BATCH.size + count * (8 + self.entry_bytes), _linked(chain, wanted)
+        if at != position:
+            raise self._no_batch_ends_at(position, at)
+        return f"{chain:016x}"
+
     def roll_back(self, position: int) -> None:
         """Forget what was appended after `position`. CheckpointError where that is no position of this log."""
         with self._lock:
-            if not START <= position <= self.position:
-                raise CheckpointError(
-                    f"{self.path} ends at {self.position:,}; the checkpoint names {position:,}: the log lost rows."
-                )
+            self._require_length(position)
             if position != self.position:
                 self.position = self._replay(position)
 
@@ -253,7 +275,7 @@ class LoggedStore(Store):
             )
         source = read_header(base)
         # what a killed fold left is continued only where the log still says the same
-        made_by = f"engram-lm, log {self._chain:016x}"
+        made_by = f"engram-lm, log {self.chain}"
         with contextlib.ExitStack() as stack:
             rows = stack.enter_context(
                 Writer(

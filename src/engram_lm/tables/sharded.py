@@ -33,8 +33,9 @@ from torch import Tensor
 from engram_lm.errors import AddressError, CheckpointError, ConfigError, EngramError
 from engram_lm.kernels import rows as kernels
 from engram_lm.tables.device import DeviceTable
-from engram_lm.tables.gradients import Gather, Norm, RowGradients
+from engram_lm.tables.gradients import Gather, RowGradients
 from engram_lm.tables.parts import Part, even_boundaries
+from engram_lm.tables.pending import RowsGradient, gradient_of
 from engram_lm.tables.ranks import Doing, Ranks
 from engram_lm.tables.rules import RowRule
 
@@ -235,20 +236,16 @@ class ShardedTicket:
 class ShardedRowGradients(RowGradients):
     """Pending gradients of the rows that this rank holds; the handle's gradient is the norm over all ranks."""
 
-    def _collect(self, handle: Tensor) -> None:
-        incoming, self._incoming = self._incoming, []
+    def _summed(self, incoming: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
         if not incoming:
             self.table.ranks.meet(Doing.BACKWARD)
         n = len(incoming)
-        self._incoming = [self.table.route(*incoming[i], reads_to_go=n - i) for i in range(n)]
-        super()._collect(handle)
-        square = torch.zeros(1, dtype=torch.float64)
-        if self._pending is not None:
-            square += self._pending[1].double().square().sum()
-        norm = self.table.ranks.sum_in_order(square).sqrt().to(handle)
-        if self._pending is not None:
-            self._norm = float(norm)
-            handle.grad = norm.as_subclass(Norm)
+        return super()._summed([self.table.route(*incoming[i], reads_to_go=n - i) for i in range(n)])
+
+    def _gradient(self, unique_U: Tensor, merged_UW: Tensor) -> RowsGradient:
+        square = merged_UW.double().square().sum().reshape(1)
+        norm = self.table.ranks.sum_in_order(square).sqrt().float()
+        return gradient_of(unique_U, merged_UW, name=self.name, handle=self.handle, norm=norm, is_whole=False)
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
