@@ -18,12 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from engram_lm.errors import ConfigError
+from engram_lm.places import cache_directory
 
-
-def cache_directory() -> Path:
-    """`$ENGRAM_CACHE` where it is set, else `~/.cache/engram-lm`. Not created here."""
-    chosen = os.environ.get("ENGRAM_CACHE")
-    return Path(chosen).expanduser().absolute() if chosen else Path.home() / ".cache" / "engram-lm"
+__all__ = ["built_once", "cache_directory"]
 
 
 def built_once(directory: Path, *, build: Callable[[Path], None]) -> Path:
