@@ -1,10 +1,11 @@
-"""Who is told that kernels are being compiled. A library says nothing; the command line sets a listener (`cli.compiling`).
+"""Who is told that kernels are being compiled. A library says nothing; the command line sets a listener (`compiling.line`).
 
 Loading this module loads no numba.
 
-    announcing.listener = ProgressLine(sys.stderr)
+    announcing.listener = CompilingLine()
 """
 
+from pathlib import Path
 from typing import Protocol
 
 
@@ -14,8 +15,8 @@ class Listener(Protocol):
     def begins(self) -> None:
         """A kernel is about to be compiled."""
 
-    def ends(self, *, kept: bool) -> None:
-        """It is compiled; kept: the next process will find it on disk."""
+    def ends(self, *, place: Path | None) -> None:
+        """It is compiled. place: where it is kept, a directory; None where none can be written, so for this process alone."""
 
 
 listener: Listener | None = None

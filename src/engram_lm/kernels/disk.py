@@ -245,8 +245,8 @@ def read_pieces(
     for j in range(n_jobs):
         stage_stride = max(stage_stride, asked_J[j])
     read_queued(
-        handle, fd_J[:n_jobs], offset_J, asked_J, needed_J, np.int64(stage_X.ctypes.data), stage_stride, request_DQ, pointer_D,
-        event_DE, status,
+        handle, fd_J[:n_jobs], offset_J, asked_J, needed_J, np.int64(stage_X.ctypes.data), stage_stride, request_DQ,
+        pointer_D, event_DE, status,
     )  # fmt: skip
     if status[0] != OK:
         return n_jobs

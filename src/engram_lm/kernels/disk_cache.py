@@ -92,9 +92,9 @@ class DiskCache(_Cache):
 
     def save_overload(self, sig, data):
         """Keep what numba compiled for a signature; where nothing can be written, only this process has it."""
-        kept = self._save(sig, data)
+        place = self._save(sig, data)
         if announcing.listener is not None:
-            announcing.listener.ends(kept=kept)
+            announcing.listener.ends(place=place)
 
     def _save(self, sig, data):
         if data.library.has_dynamic_globals or data.lifted:
@@ -102,11 +102,9 @@ class DiskCache(_Cache):
                 f"Kernel {self._module}.{self._function.__qualname__} holds a pointer or a large array of this process, "
                 "so it cannot be kept on disk. Name a C function with types.ExternalFunction; pass the array."
             )
-        directories = self._directories()
-        if not directories:
-            return False
         name, payload = self._file_name(sig, data.codegen), dumps(data._reduce())
-        return any(_write(directory, name, payload) for directory in directories)
+        written = (directory.parent for directory in self._directories() if _write(directory, name, payload))
+        return next(written, None)
 
     def _file_name(self, sig, codegen):
         key = hashlib.sha256(repr((sig, codegen.magic_tuple())).encode()).hexdigest()
@@ -117,13 +115,14 @@ class DiskCache(_Cache):
         digest = _digest(self._function.__code__.co_filename) if self._enabled else None
         if digest is None:
             return []
-        directories = [place / f"{self._module}-{digest[:16]}" for place in _places()]
+        directories = [place / f"{self._module}-{digest[:16]}" for place in places()]
         for directory in directories:
             _mark_as_used(directory)
         return directories
 
 
-def _places():
+def places():
+    """Directories for compiled kernels, the best first."""
     if config.CACHE_DIR:
         return [Path(config.CACHE_DIR) / "engram-lm"]
     places = [_PACKAGE / "kernels" / "__pycache__" / "compiled"]
