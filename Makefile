@@ -18,17 +18,19 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.13 python3.11 python3
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## environment in .venv: torch 2.13.0, then this project with [hf,serve,dev], all versions pinned
+setup: $(STAMP) ## environment in .venv: torch 2.13.0, then this project with [hf,serve,dev], all versions pinned; kernels
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "setup: found no Python 3.11 or newer with the venv module." \
 	    "Install one (Debian: apt install python3-venv) or name it: make setup PYTHON=..." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
-	    || { echo "setup 1/3: new environment in $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
-	@echo "setup 2/3: $(TORCH) (the default build for Linux is some GB; the first time takes minutes)"
+	    || { echo "setup 1/4: new environment in $(VENV) with $(PYTHON)"; $(PYTHON) -m venv --clear $(VENV); }
+	@echo "setup 2/4: $(TORCH) (the default build for Linux is some GB; the first time takes minutes)"
 	@$(PIP) install $(TORCH) -c constraints.txt
-	@echo "setup 3/3: engram-lm with its extras hf, serve and dev"
+	@echo "setup 3/4: engram-lm with its extras hf, serve and dev"
 	@$(PIP) install -e '.[hf,serve,dev]' -c constraints.txt
+	@echo "setup 4/4: kernels, compiled for this machine"
+	@$(BIN)/engram-lm compile
 	@touch $@
 	@echo "setup: done"
 
@@ -70,7 +72,7 @@ demo: $(PREPARED) ## a page: see what memory does, and change it; Ctrl-C stops i
 	$(BIN)/engram-lm serve
 
 $(PREPARED): $(STAMP)
-	@echo "demo: the first time SmolLM2 is fetched (98 MB) and kernels are compiled"
+	@echo "demo: the first time SmolLM2 is fetched (98 MB)"
 	@$(BIN)/engram-lm serve --prepare
 	@touch $@
 

@@ -95,8 +95,6 @@ def test_the_promised_rooms_work_beside_vllm(tmp_path):
         "PYTHONPATH": str(SOURCE),
         "HF_HUB_OFFLINE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        # two versions of numba would overwrite each other's compiled kernels
-        "NUMBA_CACHE_DIR": str(Path(PYTHON).absolute().parents[1] / "numba-cache"),
     }
     for name in ("ENGRAM_INDEX", "ENGRAM_GATE", "ENGRAM_LAMBDA"):
         environment.pop(name, None)

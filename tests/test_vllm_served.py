@@ -66,8 +66,6 @@ def served(place, runner, engram, batches):
     environment = {
         **os.environ,
         "PYTHONPATH": str(HERE.parent / "src"),
-        # two versions of numba would overwrite each other's compiled kernels
-        "NUMBA_CACHE_DIR": str(Path(PYTHON).absolute().parents[1] / "numba-cache"),
     }
     for name in ("ENGRAM_INDEX", "ENGRAM_GATE", "ENGRAM_LAMBDA"):
         environment.pop(name, None)

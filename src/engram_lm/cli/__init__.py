@@ -9,7 +9,7 @@ keeps its traceback.
     engram-lm addresses --profile deepseek-v4.1 --layer 1 --canonical --ids 0,5,17,-1,42 --json
 """
 
-from engram_lm.cli import ablate, adapt, eval, gates, index, model, serve, tables
+from engram_lm.cli import ablate, adapt, compile, eval, gates, index, model, serve, tables
 from engram_lm.cli.app import INTERRUPTED, READER_GONE, REFUSED, app, main, run
 
 # importing the modules is what makes their commands
@@ -20,6 +20,7 @@ __all__ = [
     "ablate",
     "adapt",
     "app",
+    "compile",
     "eval",
     "gates",
     "index",

@@ -66,4 +66,8 @@ def run(tokens: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Entry point of the `engram-lm` command."""
+    from engram_lm.compiling.line import CompilingLine
+    from engram_lm.kernels import announcing
+
+    announcing.listener = CompilingLine()
     sys.exit(run())

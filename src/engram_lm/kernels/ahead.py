@@ -10,15 +10,15 @@ room_XN int64 [3, N] of the requester: addresses, then the different ones ascend
 """
 
 import numpy as np
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from engram_lm.kernels.compiled import kernel
 from engram_lm.kernels.disk import (
     _INTERRUPTED,
     DAMAGED,
     OK,
     _errno,
-    _libc,
     first_bad_read,
     plan_pieces,
     read_queued,
@@ -31,9 +31,10 @@ CONTROL = 12
 ADDRESS_N, ROW_U, INDEX_N = 0, 1, 2
 JOB_ROWS = 6
 
-_read, _write = _libc.read, _libc.write
-_read.argtypes = _write.argtypes = _libc.pread.argtypes[:3]
-_read.restype = _write.restype = _libc.pread.restype
+_read, _write = (
+    types.ExternalFunction(name, types.intp(types.intc, types.uintp, types.uintp))
+    for name in ("read", "write")
+)
 
 
 def _pointer_to(kind: types.Type):
@@ -52,7 +53,7 @@ def _pointer_to(kind: types.Type):
 _int64_at, _bytes_at = _pointer_to(types.int64), _pointer_to(types.uint8)
 
 
-@njit(nogil=True)
+@kernel
 def _ring(handle, beat):
     """Add one to an eventfd."""
     beat[0] = 1
@@ -60,7 +61,7 @@ def _ring(handle, beat):
         pass
 
 
-@njit(nogil=True)
+@kernel
 def wait(handle, beat):
     """Sleep until an eventfd was rung; False where it cannot be read."""
     while True:
@@ -70,7 +71,7 @@ def wait(handle, beat):
             return False
 
 
-@njit(nogil=True)
+@kernel
 def post(address_at, n, n_rows, control, wake, beat):
     """Hand n int64 at `address_at` to the reader. Returns the place of the first outside [0, n_rows), or -1."""
     address_N = carray(_int64_at(address_at), n)
@@ -84,7 +85,7 @@ def post(address_at, n, n_rows, control, wake, beat):
     return -1
 
 
-@njit(nogil=True)
+@kernel
 def serve(
     handle, wake, done, control, segment_SX, pages_at, sums_P, record_bytes, per_round, stage_X, job_XJ, request_DQ,
     pointer_D, event_DE,
@@ -103,7 +104,7 @@ def serve(
         _ring(done, beat)
 
 
-@njit(nogil=True)
+@kernel
 def _gather(
     handle, control, segment_SX, pages_at, sums_P, record_bytes, per_round, stage_X, job_XJ, request_DQ, pointer_D,
     event_DE,

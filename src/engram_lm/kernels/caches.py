@@ -16,7 +16,8 @@ the order served, C columns, G groups (orders).
 """
 
 import numpy as np
-from numba import njit
+
+from engram_lm.kernels.compiled import kernel
 
 # Reads between two halvings of TinyLFU's counts, for each entry that the cache holds.
 TINYLFU_PERIOD = 10
@@ -24,7 +25,7 @@ TINYLFU_PERIOD = 10
 _ALL_BITS = 31
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def serve(tokens_Q, prompt_Q, slots, token_T, step_T):
     """The order in which a server with `slots` slots reads the tokens of requests that lie one after another.
 
@@ -57,7 +58,7 @@ def serve(tokens_Q, prompt_Q, slots, token_T, step_T):
     return step, step if full < 0 else full
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def merge_reads(entry_CL, token_T, step_T, group_C, n_entries, entry_N, group_N, reads_K):
     """The reads of every step, each entry once, in order of first appearance: token by token, column by column.
 
@@ -77,7 +78,7 @@ def merge_reads(entry_CL, token_T, step_T, group_C, n_entries, entry_N, group_N,
     return n
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _ones(word):
     """How many bits of a uint64 are set."""
     word -= (word >> np.uint64(1)) & np.uint64(0x5555555555555555)
@@ -86,7 +87,7 @@ def _ones(word):
     return np.int64((word * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def lru_distances(entry_N, n_entries, distance_N):
     """The reuse distance of every read, -1 for the first of an entry. int32; up to 2^31 reads."""
     last_E = np.full(n_entries, -1, dtype=np.int32)
@@ -130,7 +131,7 @@ def lru_distances(entry_N, n_entries, distance_N):
         last_E[e] = i
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count_distances(distance_N, group_N, group, first, count_E):
     """count_E[d] += 1 for every read from `first` on that is of `group` (any if -1) and has distance d, not -1."""
     for i in range(first, distance_N.shape[0]):
@@ -138,7 +139,7 @@ def count_distances(distance_N, group_N, group, first, count_E):
             count_E[distance_N[i]] += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def longest_of_steps(distance_N, reads_K, never, longest_K):
     """The longest distance in every step: the LRU cache that has no miss there holds more. `never`: a first read."""
     i = 0
@@ -151,7 +152,7 @@ def longest_of_steps(distance_N, reads_K, never, longest_K):
         longest_K[k] = longest
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def lfu_hits(entry_N, n_entries, capacity, first):
     """Hits among the reads from `first` on, LFU with dynamic aging."""
     # 0: not held.
@@ -203,7 +204,7 @@ def lfu_hits(entry_N, n_entries, capacity, first):
     return hits
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def tinylfu_hits(entry_N, n_entries, capacity, first):
     """Hits among the reads from `first` on, LRU behind a TinyLFU admission."""
     count_E = np.zeros(n_entries, dtype=np.int32)

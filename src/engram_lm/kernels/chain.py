@@ -14,8 +14,8 @@ facts of order 0, zero_I: total, distinct, top token, documents; zero_F: entropy
 import math
 
 import numpy as np
-from numba import njit
 
+from engram_lm.kernels.compiled import kernel
 from engram_lm.kernels.counting import (
     count_documents,
     count_two,
@@ -42,10 +42,11 @@ MOST_DOCUMENTS = 16
 MEMO = 32768
 _FEW = 32
 _LOG = np.log(np.maximum(np.arange(256), 1))
+_ZERO = np.int64(0)  # not 0: see `walks`
 _SMALLEST = 1e-200  # weights below this change no float64
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _sort(token_V, other_V, n, end):
     """Sort the first n tokens: by insertion where they are few, else by their bytes, lowest first."""
     if n <= _FEW:
@@ -74,7 +75,7 @@ def _sort(token_V, other_V, n, end):
         shift += 8
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def longest(
     table_SF,
     context_K,
@@ -103,7 +104,7 @@ def longest(
     )
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def continuations(table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pairs_P4, state, token_V, out_V):
     """Tokens (ascending) and counts of what follows the last `depth` tokens; returns how many tokens."""
     n = histogram(table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pairs_P4, state)
@@ -124,13 +125,13 @@ def continuations(table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pai
     return n
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _clear(count_V, touched_V, n):
     for i in range(n):
         count_V[touched_V[i]] = 0
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _widen(table_SF, depth, low_SD, high_SD, end, read_S2, count_V, touched_V, n, pairs_P4, state):
     """Count what an order's intervals have beyond what was read of longer ones (read_S2); returns how many tokens."""
     for s in range(table_SF.shape[0]):
@@ -146,7 +147,7 @@ def _widen(table_SF, depth, low_SD, high_SD, end, read_S2, count_V, touched_V, n
     return n
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _sum_up(count_V, touched_V, n):
     """Total, most frequent token (of equal ones the smallest), and the entropy of the counts."""
     total, top, most = np.int64(0), np.int64(-1), np.int64(0)
@@ -161,7 +162,7 @@ def _sum_up(count_V, touched_V, n):
     return total, top, max(math.log(total) - sum_log / total, 0.0) if total > 0 else 0.0
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _first_node(table_SF, depth, low_SD, high_SD):
     """The first segment with a node for this order (or -1), the node, and how many segments have anything."""
     at, node, n = -1, np.int64(-1), 0
@@ -176,7 +177,7 @@ def _first_node(table_SF, depth, low_SD, high_SD):
     return at, node, n
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _wide(
     table_SF,
     depth,
@@ -211,7 +212,7 @@ def _wide(
     return slot
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def distribution(
     table_SF, context_K, n_context, most, end, discount, only_longest, serial, low_SD, high_SD, live_D, distinct_D, read_S2,
     count_V, touched_V, part_V, pairs_P4, state, memo_M7, memo_M, zero_I, zero_F, zero_count_V, zero_p_V, out_V, fact_I,
@@ -322,7 +323,7 @@ def distribution(
     return depth
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def score(
     table_SF, id_T, next_T, most, end, discount, only_longest, serial, low_3SD, high_3SD, live_3D, read_S2,
     count_V, touched_V, pairs_P4, state, memo_M7, memo_M, zero_I, zero_F, zero_count_V, integer_7T, number_3T,
@@ -336,7 +337,7 @@ def score(
     """
     capped = table_SF.shape[0] > 0 and table_SF[0, CAP] > 0
     top_K = np.empty(most + 1, np.int64)
-    after = walk(table_SF, id_T, 0, 0, end, low_3SD[0], high_3SD[0], live_3D[0])
+    after = walk(table_SF, id_T, _ZERO, _ZERO, end, low_3SD[0], high_3SD[0], live_3D[0])
     for t in range(id_T.shape[0]):
         low_SD, high_SD, live_D = low_3SD[t & 1], high_3SD[t & 1], live_3D[t & 1]
         x = next_T[t] if 0 <= next_T[t] <= end else np.int64(-1)

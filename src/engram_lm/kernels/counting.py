@@ -12,8 +12,8 @@ state_I: int64 [STATE], the stamp now, how many pairs it has, and the room for j
 """
 
 import numpy as np
-from numba import njit
 
+from engram_lm.kernels.compiled import kernel
 from engram_lm.kernels.raw import load16, load32, load_flag, set_flag, store16, store32
 from engram_lm.kernels.walks import (
     ADJUSTED,
@@ -57,7 +57,7 @@ STAMP, PAIRS, JOINT_TOKEN, JOINT_COUNT, JOINT_SLOT, JOINT_ROOM, JOINT_USED, STAT
 JOINT_SLOTS, SLOT = 4096, 5
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def document_of(table_SF, s, position):
     """The number of the document that holds a position."""
     last = table_SF[s, N_DOCUMENTS] - 1
@@ -74,7 +74,7 @@ def document_of(table_SF, s, position):
     return a
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def group_here(table_SF, s, rank):
     """The document, or where sources are counted the first document of its source, at a rank; -1 in a damaged file."""
     position = number_at(table_SF, s, ORDER, rank)
@@ -84,7 +84,7 @@ def group_here(table_SF, s, rank):
     return number if table_SF[s, GROUP] == 0 else number_at(table_SF, s, GROUP, number)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def group_of(table_SF, s, rank):
     """What is counted together, of all segments: a source where these are shared, else one segment's document or source."""
     if table_SF[s, SHARED] == 0:
@@ -96,7 +96,7 @@ def group_of(table_SF, s, rank):
     return number_at(table_SF, s, SHARED, document_of(table_SF, s, position))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def node_range(table_SF, s, node):
     """Where a node's list lies (nowhere: it is to be read), and makes sure that its counts are worked out."""
     a, b = number_at(table_SF, s, NODE_AT, node), number_at(table_SF, s, NODE_AT, node + 1)
@@ -107,7 +107,7 @@ def node_range(table_SF, s, node):
     return a, b
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def prepare(table_SF, s, node, ranks):
     """Work out the lists of nodes from `node` on, of about so many ranks in all; returns the next node."""
     while node < table_SF[s, N_NODES] and ranks > 0:
@@ -117,7 +117,7 @@ def prepare(table_SF, s, node, ranks):
     return node
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def list_of(table_SF, s, low, high):
     """Where the list of an interval lies; nowhere (0, 0) if it is to be read."""
     node = find_node(table_SF, s, low, high)
@@ -126,13 +126,13 @@ def list_of(table_SF, s, low, high):
     return node_range(table_SF, s, node)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def node_count(table_SF, s, i):
     """Count i of all nodes, as this view counts."""
     return number_at(table_SF, s, NODE_COUNT if table_SF[s, ADJUSTED] == 0 else ADJUSTED, i)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def find_in_node(table_SF, s, a, b, token):
     """The place of a token among a node's, or -1."""
     top = b
@@ -145,7 +145,7 @@ def find_in_node(table_SF, s, a, b, token):
     return a if a < top and token_at(table_SF, s, NODE_TOKEN, a) == token else np.int64(-1)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _adjust(table_SF, s, node, a, b):
     """Work out the list a .. b of a node: its counts in the file without deleted documents, or all of it with a cap."""
     low = number_at(table_SF, s, NODE_LOW, node)
@@ -166,7 +166,7 @@ def _adjust(table_SF, s, node, a, b):
         store32(table_SF[s, ADJUSTED] + 4 * (a + e), count_E[e])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _sorted_pairs(pair_I, n, groups, end):
     """The first n of pair_I, each token * 2**32 + group, ascending; byte after byte from the lowest. pair_I is used up."""
     from_I, to_I = pair_I, np.empty(n, np.int64)
@@ -194,12 +194,12 @@ def _sorted_pairs(pair_I, n, groups, end):
     return from_I
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _list_capped(table_SF, s, low, high, a, b):
     """Write the list a .. b of an interval with counts of at most CAP a document; what is left of it is END, 0 times."""
     end, n_dead, cap = table_SF[s, END], table_SF[s, N_DEAD], table_SF[s, CAP]
     pair_I = np.empty(max(high - low, 0), np.int64)
-    n, i = 0, dead_below(table_SF, s, low)
+    n, i = np.int64(0), dead_below(table_SF, s, low)
     for rank in range(low, high):
         if i < n_dead and number_at(table_SF, s, DEAD, i) == rank:
             i += 1
@@ -220,10 +220,10 @@ def _list_capped(table_SF, s, low, high, a, b):
             e += 1
             count = 0
     for rest in range(e, b):
-        _write_entry(table_SF, s, rest, end, 0)
+        _write_entry(table_SF, s, rest, end, np.int64(0))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _write_entry(table_SF, s, e, token, count):
     if table_SF[s, FOUR]:
         store32(table_SF[s, NODE_TOKEN] + 4 * e, token)
@@ -232,7 +232,7 @@ def _write_entry(table_SF, s, e, token, count):
     store32(table_SF[s, ADJUSTED] + 4 * e, count)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def is_joint(table_SF, depth, low_SD, high_SD):
     """Whether an order is counted in one list of several segments: sources are shared, and one of the intervals is a node."""
     n, wide = 0, False
@@ -245,7 +245,7 @@ def is_joint(table_SF, depth, low_SD, high_SD):
     return wide and n > 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def joint_list(table_SF, depth, low_SD, high_SD, end, state):
     """Where the list of an order lies in the room for joint lists: tokens ascending, a source counted up to CAP times."""
     first = 0
@@ -302,7 +302,7 @@ def joint_list(table_SF, depth, low_SD, high_SD, end, state):
     return a, b
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _joint_count(a, b, token, state):
     """The count of a token in a joint list, 0 where it is not there."""
     top = b
@@ -317,7 +317,7 @@ def _joint_count(a, b, token, state):
     return np.int64(0)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def take_pair(pairs_P4, state, group, token, cap):
     """Whether one more of this pair still counts. state: the stamp now, and how many pairs it has."""
     if group < 0:
@@ -338,7 +338,7 @@ def take_pair(pairs_P4, state, group, token, cap):
     return True
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def scan(table_SF, s, low, high, end, count_V, touched_V, n, pairs_P4, state):
     """Count the live tokens at ranks low .. high; returns how many tokens are touched."""
     cap, n_dead = table_SF[s, CAP], table_SF[s, N_DEAD]
@@ -370,7 +370,7 @@ def scan(table_SF, s, low, high, end, count_V, touched_V, n, pairs_P4, state):
     return n
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def histogram(table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pairs_P4, state):
     """Count all that follows the last `depth` tokens; returns how many tokens are touched."""
     n = np.int64(0)
@@ -406,7 +406,7 @@ def histogram(table_SF, depth, low_SD, high_SD, end, count_V, touched_V, pairs_P
     return n
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count_two(table_SF, depth, low_SD, high_SD, x, y, pairs_P4, state):
     """How often tokens x and y follow the last `depth` tokens."""
     cx = cy = np.int64(0)
@@ -442,7 +442,7 @@ def count_two(table_SF, depth, low_SD, high_SD, x, y, pairs_P4, state):
     return cx, cy
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count_documents(table_SF, depth, low_SD, high_SD, most):
     """Live documents, or where sources are counted sources, that hold the last `depth` tokens, counted up to `most`."""
     seen_K = np.empty(most, np.int64)

@@ -17,9 +17,10 @@ from collections.abc import Callable
 import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from engram_lm.kernels.compiled import kernel
 from engram_lm.kernels.rows import CACHE_LINE, PREFETCH_ROWS, _prefetch
 
 _SAFE = 27  # e8m0 codes from 2^-100 up
@@ -148,16 +149,21 @@ def _power(typing_context, code):
     return types.float32(types.int32), codegen
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _rare_power(code):
     # 2^-127 is a subnormal float32
     return np.float32(np.nan) if code == 255 else np.float32(2.0**-127) if code == 0 else _power(code)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _later(base, address_N, i, record_bytes):
     """Where the record lies that is asked for while record i is decoded; the last ones ask for themselves."""
     return base + np.uint64(address_N[min(i + PREFETCH_ROWS, address_N.shape[0] - 1)]) * record_bytes
+
+
+def _kernel_named(name: str, function: Callable) -> Callable:
+    function.__name__ = function.__qualname__ = name
+    return kernel(function)
 
 
 def _flat(take: str, put: str) -> Callable:
@@ -169,8 +175,7 @@ def _flat(take: str, put: str) -> Callable:
     many, some, one = (_lanes(take, put, count) for count in (LANES, 8, 1))
     in_step, out_step = np.uint64(code_bytes), np.uint64(row_bytes)
 
-    @njit(nogil=True)
-    def kernel(base, address_N, out, width, scale):
+    def gather(base, address_N, out, width, scale):
         record_bytes, n = np.uint64(width) * in_step, np.uint64(width)
         for i in range(address_N.shape[0]):
             # a line at a time between the numbers: all at once they would fill the queue of misses and stop the decoding
@@ -191,7 +196,7 @@ def _flat(take: str, put: str) -> Callable:
                 one(source + w * in_step, target + w * out_step, scale)
                 w += np.uint64(1)
 
-    return kernel
+    return _kernel_named(f"{take}_as_{put}", gather)
 
 
 def _blocks(put: str) -> Callable:
@@ -201,8 +206,7 @@ def _blocks(put: str) -> Callable:
     exact = _lanes("e4m3", "exact_bf16", 32) if put == "bf16" else move
     out_step = np.uint64({"fp32": 4, "bf16": 2}[put])
 
-    @njit(nogil=True)
-    def kernel(base, address_N, out, width, unused):
+    def gather(base, address_N, out, width, unused):
         n, block, n_blocks = np.uint64(width), np.uint64(32), np.uint64(width >> 5)
         record_bytes = n + n_blocks
         for i in range(address_N.shape[0]):
@@ -221,7 +225,7 @@ def _blocks(put: str) -> Callable:
                     move(source + at, target + at * out_step, _rare_power(code))
                 k += np.uint64(1)
 
-    return kernel
+    return _kernel_named(f"e4m3_e8m0_as_{put}", gather)
 
 
 # (codec, what leaves) -> kernel(base pointer, addresses int64 [N], out pointer, width, scale float32). Addresses must be

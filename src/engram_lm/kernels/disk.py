@@ -17,20 +17,20 @@ import platform
 import sys
 
 import numpy as np
-from numba import carray, njit
+from numba import carray, types
 
 from engram_lm.kernels.checks import PAGE, xxh64
+from engram_lm.kernels.compiled import kernel
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_pread = _libc.pread
-_pread.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64]
-_pread.restype = ctypes.c_ssize_t
-_syscall = _libc.syscall
-_syscall.argtypes = [ctypes.c_long] * 6
-_syscall.restype = ctypes.c_long
-_errno_place = getattr(_libc, "__errno_location", None) or _libc.__error
-_errno_place.argtypes = []
-_errno_place.restype = ctypes.POINTER(ctypes.c_int32)
+# C functions by their names: a pointer, as ctypes has it, would be of this process alone
+_pread = types.ExternalFunction("pread", types.intp(types.intc, types.uintp, types.uintp, types.int64))
+_syscall = types.ExternalFunction("syscall", types.intp(*[types.intp] * 6))
+_errno_place = types.ExternalFunction(
+    "__error" if sys.platform == "darwin" else "__errno_location", types.CPointer(types.int32)()
+)
+_libc_syscall = ctypes.CDLL(None).syscall
+_libc_syscall.argtypes = [ctypes.c_long] * 6
+_libc_syscall.restype = ctypes.c_long
 
 # io_setup, io_destroy, io_submit, io_getevents
 _CALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}.get(platform.machine())
@@ -47,22 +47,22 @@ def queue(depth: int) -> int | None:
     if sys.platform != "linux" or _CALLS is None:
         return None
     handle = np.zeros(1, np.uint64)
-    if _syscall(_SETUP, depth, handle.ctypes.data, 0, 0, 0) != 0:
+    if _libc_syscall(_SETUP, depth, handle.ctypes.data, 0, 0, 0) != 0:
         return None
     return int(handle[0])
 
 
 def close_queue(handle: int) -> None:
     """Give a queue back."""
-    _syscall(_DESTROY, handle, 0, 0, 0, 0)
+    _libc_syscall(_DESTROY, handle, 0, 0, 0, 0)
 
 
-@njit(nogil=True)
+@kernel
 def _errno():
     return np.int64(carray(_errno_place(), 1)[0])
 
 
-@njit(nogil=True)
+@kernel
 def read_queued(
     handle, fd_J, offset_J, asked_J, needed_J, stage, stage_stride, request_DQ, pointer_D, event_DE, status
 ):
@@ -121,7 +121,7 @@ def read_queued(
         n_done += n_events
 
 
-@njit(nogil=True)
+@kernel
 def read_slice(fd_J, offset_J, asked_J, needed_J, stage, stage_stride, first, last, status):
     """Read jobs first to last one after the other; `status` as in `read_queued`."""
     status[0] = OK
@@ -141,7 +141,7 @@ def read_slice(fd_J, offset_J, asked_J, needed_J, stage, stage_stride, first, la
             n_got += got
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def plan(
     row_U, first, last, offset, first_row, stride, group, group_stride, n_bytes, unit,
     offset_J, asked_J, needed_J, job_U, within_U,
@@ -170,7 +170,7 @@ def plan(
     return n_jobs
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def take(stage_X, stage_stride, job_U, within_U, n_bytes, out_UR, first, at):
     """out[first + u, at : at + n_bytes] = the bytes of row u in what its job read."""
     for u in range(job_U.shape[0]):
@@ -180,7 +180,7 @@ def take(stage_X, stage_stride, job_U, within_U, n_bytes, out_UR, first, at):
             target[at + b] = source[b]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def first_bad_read(stage_X, stage_stride, offset_J, asked_J, n_jobs, pages_at, sums_P):
     """The first page read whose checksum is wrong, or -1."""
     for j in range(n_jobs):
@@ -193,7 +193,7 @@ def first_bad_read(stage_X, stage_stride, offset_J, asked_J, n_jobs, pages_at, s
     return -1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def plan_pieces(row_U, piece_PX, fd_J, offset_J, asked_J, needed_J, job_N, within_N):
     """`plan` of several pieces, one after the other; returns the number of jobs.
 
@@ -217,7 +217,7 @@ def plan_pieces(row_U, piece_PX, fd_J, offset_J, asked_J, needed_J, job_N, withi
     return n_jobs
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def take_pieces(stage_X, stage_stride, piece_PX, job_N, within_N, out_UR):
     """`take` of several pieces."""
     at = 0
@@ -230,7 +230,7 @@ def take_pieces(stage_X, stage_stride, piece_PX, job_N, within_N, out_UR):
         at = stop
 
 
-@njit(nogil=True)
+@kernel
 def read_pieces(
     handle, row_U, piece_PX, pages_at, sums_P, stage_X, fd_J, offset_J, asked_J, needed_J, job_N, within_N, request_DQ,
     pointer_D, event_DE, out_UR, status,
@@ -245,8 +245,8 @@ def read_pieces(
     for j in range(n_jobs):
         stage_stride = max(stage_stride, asked_J[j])
     read_queued(
-        handle, fd_J[:n_jobs], offset_J, asked_J, needed_J, stage_X.ctypes.data, stage_stride, request_DQ, pointer_D,
-        event_DE, status,
+        handle, fd_J[:n_jobs], offset_J, asked_J, needed_J, np.int64(stage_X.ctypes.data), stage_stride, request_DQ,
+        pointer_D, event_DE, status,
     )  # fmt: skip
     if status[0] != OK:
         return n_jobs

@@ -13,7 +13,8 @@ use vector instructions.
 import math
 
 import numpy as np
-from numba import njit
+
+from engram_lm.kernels.compiled import kernel
 
 FAST = {"reassoc", "contract", "arcp", "nsz"}  # not "nnan": NaN must stay NaN
 GATE_FLOOR = np.float32(1e-6)
@@ -27,7 +28,7 @@ _C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 _ONE, _HALF = np.float32(1.0), np.float32(0.5)
 
 
-@njit(nogil=True, inline="always")
+@kernel(inline="always")
 def _sigmoid(x):
     """1 / (1 + e^-x) in float32, branch-free so that a loop over it is vectorised (Cephes' expf polynomial, < 2 ulp)."""
     t = min(max(-x, np.float32(-87.0)), np.float32(87.0))
@@ -40,7 +41,7 @@ def _sigmoid(x):
     return _ONE / (_ONE + e * scale) + (x - x)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@kernel(fastmath=FAST, error_model="numpy")
 def gate_forward(
     kv_NE,
     h_NMD,
@@ -111,7 +112,7 @@ def gate_forward(
                     y[d] = alpha * v[d]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@kernel(fastmath=FAST, error_model="numpy")
 def gate_backward(
     kv_NE,
     h_NMD,
@@ -187,7 +188,7 @@ def gate_backward(
                 gw[d] += both * k[d] * h[d]
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@kernel(fastmath=FAST, error_model="numpy")
 def conv_forward(u_BSC, w_KC, dilation, y_BTC, out_BTC, begin, end):
     """out = y + silu(conv(u)) for places [begin, end) of the flattened [B, T]; S = T + (K-1) dilation."""
     K, C = w_KC.shape
@@ -209,7 +210,7 @@ def conv_forward(u_BSC, w_KC, dilation, y_BTC, out_BTC, begin, end):
                 out[c] = y[c] + z * _sigmoid(z)
 
 
-@njit(nogil=True, cache=True, fastmath=FAST, error_model="numpy")
+@kernel(fastmath=FAST, error_model="numpy")
 def conv_backward(u_BSC, w_KC, dilation, g_BTC, gu_BSC, gw_KC, scratch_C, b):
     """Gradients of sequence b: gu (zero on entry) and gw are added to. One sequence is one task: its sums overlap in time."""
     K, C = w_KC.shape

@@ -20,14 +20,15 @@ the loop vectoriser, which the other schemes take.
 Addresses are written token-major, [B, T, C]: column-major is no faster to write and a gather would need the
 transposition.
 
-Compiled on first use (about two seconds) and cached beside this file, or, where that cannot be written, in the user's
-cache directory. Set NUMBA_CACHE_DIR to choose the place.
+Compiled on first use (about two seconds), once for all processes (`compiled`).
 """
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from engram_lm.kernels.compiled import kernel
 
 # Smallest modulus for which one reciprocal step is exact.
 ONE_STEP_FROM = 2**13
@@ -42,16 +43,6 @@ _ROUND_BITS = int(np.float64(_ROUND).view(np.int64))
 _BLOCK = 32
 # Columns that one mix is stored to at a time; `_mixes` is written for 8.
 _GROUP = 8
-
-
-def _compile(function):
-    """njit with a cache on disk, or without where numba finds no directory that it may write."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        return njit(nogil=True)(function)
 
 
 def two_steps(moduli_C: np.ndarray) -> bool:
@@ -109,7 +100,7 @@ def _eight(typing_context, mix, modulus_C, inverse_C, offset_C, column, out_F, a
     return signature, codegen
 
 
-@_compile
+@kernel
 def _stops(token, eos_E):
     # numba has no any() over a generator.
     for e in range(eos_E.shape[0]):  # noqa: SIM110
@@ -118,7 +109,7 @@ def _stops(token, eos_E):
     return False
 
 
-@_compile
+@kernel
 def _remainders(mix_F, n, modulus_F, inverse_F, offset_F, out_F):
     """out = mix mod p + offset, for p >= ONE_STEP_FROM, or after `_shrink`."""
     for f in range(n):
@@ -130,7 +121,7 @@ def _remainders(mix_F, n, modulus_F, inverse_F, offset_F, out_F):
         out_F[f] = r + offset_F[f]
 
 
-@_compile
+@kernel
 def _shrink(mix_F, n, modulus_F, inverse_F):
     """Put for each mix a number below p 2^31 with the same remainder, for p < TWO_STEPS_BELOW."""
     for f in range(n):
@@ -142,7 +133,7 @@ def _shrink(mix_F, n, modulus_F, inverse_F):
         mix_F[f] = (r << _LOW_BITS) + (mix & _LOW_MASK)
 
 
-@_compile
+@kernel
 def _mixes(history_X, reach_K, n_tokens, multipliers_N, fill, mix_NK):
     """mix_NK[d, k]: token k's mix of order d + 1. history_X[N - 1 + k] is token k, which sees reach_K[k] back."""
     N = multipliers_N.shape[0]
@@ -157,7 +148,7 @@ def _mixes(history_X, reach_K, n_tokens, multipliers_N, fill, mix_NK):
             mix_NK[d, k] = mix_NK[d - 1, k] ^ (x * m)
 
 
-@_compile
+@kernel
 def _eights(mix_NK, n_tokens, heads_N, modulus_C, inverse_C, offset_C, out_F, start):
     """The addresses of a block from out_F[start] on, where every order has a multiple of eight heads."""
     eight, n_columns = np.uint64(_GROUP), np.uint64(modulus_C.shape[0])
@@ -171,7 +162,7 @@ def _eights(mix_NK, n_tokens, heads_N, modulus_C, inverse_C, offset_C, out_F, st
             column += eight
 
 
-@_compile
+@kernel
 def _spread(mix_NK, n_tokens, heads_N, mix_F):
     """mix_F[k * C + c]: the mix of column c's order."""
     N = heads_N.shape[0]
@@ -195,7 +186,7 @@ def _spread(mix_NK, n_tokens, heads_N, mix_F):
             start = end
 
 
-@_compile
+@kernel
 def _sums(history_X, reach_K, n_tokens, weights_NC, mix_F):
     """mix_F[k * C + c]: the sum of x_d weights_NC[d, c] over the places that token k sees; missing terms are 0."""
     N, C = weights_NC.shape
@@ -207,7 +198,7 @@ def _sums(history_X, reach_K, n_tokens, weights_NC, mix_F):
                 mix_F[k * C + c] += history_X[N - 1 - d + k] * weights_NC[d, c]
 
 
-@_compile
+@kernel
 def _ordinary(ids_K, eos_E, vocab_size):
     """Whether no id of a block is DEAD, an end of sequence or outside the vocabulary. Loops that vectorise."""
     odd = False
@@ -219,7 +210,7 @@ def _ordinary(ids_K, eos_E, vocab_size):
     return not odd
 
 
-@_compile
+@kernel
 def addresses(
     ids_BT,
     previous_BP,

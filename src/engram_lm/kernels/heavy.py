@@ -4,13 +4,13 @@ The twin is `index.sorting.nodes_plain`.
 """
 
 import numpy as np
-from numba import njit
 
 from engram_lm.kernels.caches import _ones
+from engram_lm.kernels.compiled import kernel
 from engram_lm.kernels.search import _back
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _first_with(tokens_N, order_N, low, high, depth, token, end):
     """The first place in [low, high) before which, `depth` tokens on, stands at least `token`; high where none does."""
     while low < high:
@@ -22,7 +22,7 @@ def _first_with(tokens_N, order_N, low, high, depth, token, end):
     return low
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def find_nodes(tokens_N, order_N, end, wide, most_order):
     """Intervals of up to `most_order` tokens with more than `wide` positions, each once, as int64 [H, 2], in no order.
 
@@ -60,7 +60,7 @@ def find_nodes(tokens_N, order_N, end, wide, most_order):
     return node_H2[:H]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count_distinct(next_N, low_H, high_H, end, distinct_H):
     """How many different tokens follow each interval. What next_N holds must not be above `end`."""
     seen_V = np.full(end + 1, -1, np.int64)
@@ -73,7 +73,7 @@ def count_distinct(next_N, low_H, high_H, end, distinct_H):
                 distinct_H[h] += 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def count_nodes(next_N, low_H, high_H, end, at_H, token_C, count_C):
     """The tokens that follow interval h, ascending, and how often: from at_H[h] to at_H[h + 1], unless these are equal."""
     count_V = np.zeros(end + 1, np.uint32)

@@ -9,7 +9,8 @@ WAYS keys, two cache lines. Two policies choose the victim in a set:
 """
 
 import numpy as np
-from numba import njit
+
+from engram_lm.kernels.compiled import kernel
 
 WAYS = 16
 LRU, FREQUENCY = 0, 1
@@ -17,13 +18,13 @@ _MIX = np.uint64(0x9E3779B97F4A7C15)
 _MOST = np.uint8(15)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _set_of(row, n_sets):
     # the upper half of the product is well mixed; multiply again for the range without a division
     return np.int64((((np.uint64(row) * _MIX) >> np.uint64(32)) * np.uint64(n_sets)) >> np.uint64(32))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def look_up(row_U, key_SW, stamp_SW, count_SW, now, slot_U):
     """slot_U[u] = the slot of row u, or -1; what is found counts as asked for. Returns how many were found."""
     n_sets, n_found = key_SW.shape[0], 0
@@ -40,7 +41,7 @@ def look_up(row_U, key_SW, stamp_SW, count_SW, now, slot_U):
     return n_found
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def admit(row_M, key_SW, stamp_SW, count_SW, taken_S, now, policy, slot_M):
     """slot_M[m] = the slot that row m takes from now on; a row that is there already (another thread's) keeps its own."""
     n_sets = key_SW.shape[0]

@@ -11,16 +11,16 @@ from numba.extending import intrinsic
 def _load(bits):
     def load(typing_context, address):
         def codegen(context, builder, signature, args):
-            value = builder.load(builder.inttoptr(args[0], ir.IntType(bits).as_pointer()))
+            value = builder.load(builder.inttoptr(args[0], ir.IntType(bits).as_pointer()), align=1)
             return builder.zext(value, ir.IntType(64))
 
         return types.int64(types.int64), codegen
 
-    load.__doc__ = f"The unsigned number of {bits} bits at an address, int64."
+    load.__doc__ = f"The {bits} bits at an address, int64: a number from 0 where they are fewer than 64."
     return intrinsic(load)
 
 
-load16, load32 = _load(16), _load(32)
+load8, load16, load32, load64 = (_load(bits) for bits in (8, 16, 32, 64))
 
 
 def _store(bits):

@@ -4,19 +4,20 @@ A place whose hash is wanted is a candidate; the caller compares the bytes. Hash
 """
 
 import numpy as np
-from numba import njit
+
+from engram_lm.kernels.compiled import kernel
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _MIX = np.uint64(0xFF51AFD7ED558CCD)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _bit(value, bits):
     value = np.uint64(value)
     return np.int64(((value ^ (value >> np.uint64(29))) * _MIX) >> np.uint64(64 - bits))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def hash_of(data_W):
     """The hash of a whole byte string."""
     value = np.uint64(0)
@@ -25,14 +26,14 @@ def hash_of(data_W):
     return value
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def mark(hash_H, seen_B, bits):
     """Set the byte of each hash in a table of 2^bits."""
     for i in range(hash_H.shape[0]):
         seen_B[_bit(hash_H[i], bits)] = 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def candidates(data_N, width, hash_H, seen_B, bits, start, out_C):
     """Fill out_C with places from `start` on where `width` bytes have a wanted hash; (how many, where to go on).
 

@@ -15,13 +15,14 @@ Plain twin: `round_bf16_stochastic_plain`, equal bit for bit.
 """
 
 import numpy as np
-from numba import njit
+
+from engram_lm.kernels.compiled import kernel
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _output(start, i):
     """S(start, i)."""
     z = start + _GOLDEN * (i + np.uint64(1))
@@ -30,7 +31,7 @@ def _output(start, i):
     return z ^ (z >> np.uint64(31))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def round_bf16_stochastic(values_UW, row_U, seed, step):
     """uint16 [U, W], bfloat16's bits, from contiguous float32 [U, W]; row_U int64 and seed, step from 0 name the numbers."""
     n, width = values_UW.shape

@@ -1,17 +1,18 @@
 """A map from row to a number, open addressing with linear probing, never shrinking: int64 [C, 2], key -1 where free."""
 
 import numpy as np
-from numba import njit
+
+from engram_lm.kernels.compiled import kernel
 
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _home(row, mask):
     return np.int64(((np.uint64(row) * _MIX) >> np.uint64(29)) & np.uint64(mask))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def put(pair_C2, row_U, value_U):
     """Map row u to value u; returns how many rows are new. There must be room: more slots than rows, a power of two."""
     mask, n_new = pair_C2.shape[0] - 1, 0
@@ -24,7 +25,7 @@ def put(pair_C2, row_U, value_U):
     return n_new
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def get(pair_C2, row_U, value_U):
     """value_U[u] = what row u maps to, or -1. Returns how many were found."""
     mask, n_found = pair_C2.shape[0] - 1, 0

@@ -12,9 +12,10 @@ import mmap
 
 import numpy as np
 from llvmlite import ir
-from numba import njit
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+
+from engram_lm.kernels.compiled import kernel
 
 PREFETCH_ROWS = 24  # rows in flight; measured flat between 16 and 32 on server Xeons
 MADV_HUGEPAGE, MADV_NOHUGEPAGE = 14, 15  # Linux; 2 MiB pages halve the cost of a random row
@@ -52,7 +53,7 @@ def _copy_bytes(typing_context, destination, source, n_bytes):
     return signature, codegen
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def first_out_of_range(address_N, n_rows):
     """Index of the first address outside [0, n_rows), or -1. One pass, before anything is read."""
     bad = False
@@ -65,7 +66,7 @@ def first_out_of_range(address_N, n_rows):
     return -1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def distinct(address_N, row_N, index_N):
     """Fill row_N with the different addresses, ascending, and index_N with each address's place there; returns how many.
 
@@ -81,7 +82,7 @@ def distinct(address_N, row_N, index_N):
     return u + 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def gather(base_pointer, address_N, out_pointer, bytes_per_row):
     """Copy row address_N[i] of the table at `base_pointer` to row i at `out_pointer`. Addresses must be in range."""
     n = address_N.shape[0]
@@ -95,7 +96,7 @@ def gather(base_pointer, address_N, out_pointer, bytes_per_row):
         _copy_bytes(out_pointer + np.uint64(i) * row_bytes, source, bytes_per_row)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def merge(sorted_N, order_N, gradient_NW, unique_U, merged_UW):
     """Sum the gradients of equal addresses, in order of appearance. Returns how many rows were written.
 
@@ -116,7 +117,7 @@ def merge(sorted_N, order_N, gradient_NW, unique_U, merged_UW):
     return u + 1
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def update_rmsprop(rows_RW, second_R, unique_U, gradient_UW, rate, scale, decay, eps):
     """Row-wise RMSprop: one second moment a row, the mean over its width."""
     width = rows_RW.shape[1]
@@ -132,7 +133,7 @@ def update_rmsprop(rows_RW, second_R, unique_U, gradient_UW, rate, scale, decay,
             rows_RW[r, w] -= step * (scale * gradient_UW[u, w])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def update_adam(rows_RW, second_R, count_R, unique_U, gradient_UW, rate, scale, beta2, eps):
     """Row-wise Adam with beta1 = 0: one second moment and one count a row, bias-corrected by that row's own count."""
     width = rows_RW.shape[1]
@@ -150,7 +151,7 @@ def update_adam(rows_RW, second_R, count_R, unique_U, gradient_UW, rate, scale, 
             rows_RW[r, w] -= step * (scale * gradient_UW[u, w])
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def update_adam_momentum(
     rows_RW, first_RW, second_R, count_R, unique_U, gradient_UW, rate, scale, beta1, beta2, eps
 ):
@@ -172,7 +173,7 @@ def update_adam_momentum(
             rows_RW[r, w] -= step * first_RW[r, w]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def update_sinkhorn(rows_RW, momentum_RW, unique_U, gradient_UW, rate, scale, momentum, tau, balancings):
     """Nesterov momentum, then `balancings` (odd) divisions of rows and columns in turn by their L2 norms.
 
@@ -220,7 +221,7 @@ def update_sinkhorn(rows_RW, momentum_RW, unique_U, gradient_UW, rate, scale, mo
             rows_RW[r, w] -= np.float32(size * (np.float64(nesterov_UW[u, w]) * column_square_W[w]))
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _row_scale(values_UW, u, column_scale_W):
     """1 / the square of row u's norm under the columns' scales; 1 for a row of zeros."""
     total = 0.0

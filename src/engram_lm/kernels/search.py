@@ -4,10 +4,11 @@ low_D, high_D: the interval of the last d tokens, for d = 0 .. depth, each insid
 """
 
 import numpy as np
-from numba import njit
+
+from engram_lm.kernels.compiled import kernel
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _back(tokens_N, position, depth, end):
     """The token `depth` + 1 before a position, -1 where its document has begun."""
     at = np.int64(position) - 1 - depth
@@ -18,7 +19,7 @@ def _back(tokens_N, position, depth, end):
     return np.int64(-1) if token == end else token
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def narrow(tokens_N, order_N, low, high, depth, token, end):
     """The part of an interval of `depth` tokens in which `token` stands before them: (low, high), empty where none does.
 
@@ -47,7 +48,7 @@ def narrow(tokens_N, order_N, low, high, depth, token, end):
     return start, a
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def walk(tokens_N, order_N, first_V, context_K, most, end, low_D, high_D):
     """Fill the intervals of the last 0, 1, ... tokens of a context; returns the largest depth that occurs, up to `most`.
 
@@ -69,7 +70,7 @@ def walk(tokens_N, order_N, first_V, context_K, most, end, low_D, high_D):
     return min(K, most)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def find_node(low_H, high_H, low, high):
     """The node of an interval, or -1. Nodes are sorted by (low, -high)."""
     a, b = 0, low_H.shape[0]

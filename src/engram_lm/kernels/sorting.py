@@ -13,9 +13,9 @@ positions `depth` tokens earlier, which doubles the depth (Manber and Myers 1993
 """
 
 import numpy as np
-from numba import njit
 
 from engram_lm.kernels.caches import _ones
+from engram_lm.kernels.compiled import kernel
 
 TIED = np.uint32(0x80000000)
 PLACE = np.uint32(0x7FFFFFFF)
@@ -24,7 +24,7 @@ ROUNDS = 5
 _RUN = 16  # so few are sorted by insertion
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def by_last_token(tokens_N, end, first_V):
     """Positions by the token before them, none first, then by position, ties marked; fills first_V [V + 1]."""
     N, V = tokens_N.shape[0], first_V.shape[0] - 1
@@ -56,7 +56,7 @@ def by_last_token(tokens_N, end, first_V):
     return order_N
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _key(tokens_N, position, depth, end, bits):
     """Tokens `depth` + 1, ... before a position as one number, each + 1; 0 from the document's start on."""
     key = np.uint64(0)
@@ -72,7 +72,7 @@ def _key(tokens_N, position, depth, end, bits):
     return key
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _merge_sort(key_I, place_I, spare_key, spare_place):
     """Sort places by key, stably. Both spares hold half as many."""
     n = key_I.shape[0]
@@ -112,7 +112,7 @@ def _merge_sort(key_I, place_I, spare_key, spare_place):
                 k += 1
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _group_end(order_N, i, b):
     """Where the group that begins at i ends."""
     i += 1
@@ -121,7 +121,7 @@ def _group_end(order_N, i, b):
     return i
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def refine(tokens_N, order_N, low, high, end, levels):
     """Sort the groups in order_N[low:high], whole buckets of one last token, by up to `levels` more keys.
 
@@ -169,14 +169,14 @@ def refine(tokens_N, order_N, low, high, end, levels):
     return 1 + levels * (64 // bits), all_tied
 
 
-@njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def _rank_at(wanted_W, before_W, at):
     """Where the rank of a wanted position is kept, -1 for one that is not wanted."""
     word, bit = wanted_W[at >> 6], np.uint64(1) << np.uint64(at & 63)
     return before_W[at >> 6] + _ones(word & (bit - np.uint64(1))) if word & bit else np.int64(-1)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def double(order_N, depth, rounds):
     """Sort groups that share `depth` tokens by the rank of what stands before those, then with twice the depth, ...
 
@@ -246,7 +246,7 @@ def double(order_N, depth, rounds):
     return depth, tied
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def gather(tokens_N, order_I):
     """tokens_N[order_I], without an index of 8 bytes a position on the way."""
     next_I = np.empty(order_I.shape[0], tokens_N.dtype)

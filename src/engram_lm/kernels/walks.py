@@ -7,10 +7,11 @@ low, high: the interval of the last d tokens, for d = 0 .. depth, each inside th
 """
 
 import numpy as np
-from numba import njit
 
+from engram_lm.kernels.compiled import kernel
 from engram_lm.kernels.raw import load16, load32
 
+# NumPy integers, as numba compiles a kernel anew for every plain constant that it is called with
 # addresses
 (
     TOKENS,
@@ -25,33 +26,34 @@ from engram_lm.kernels.raw import load16, load32
     NODE_DISTINCT,
     DOCUMENT_AT,
     DEAD,
-) = range(12)
+) = map(np.int64, range(12))
 # worked out by a reader: the first node of every NODE_RANKS ranks, the document of every BLOCK_TOKENS positions
-NODE_FROM, BLOCK = 12, 13
+NODE_FROM, BLOCK = map(np.int64, (12, 13))
 # counts of nodes as a view counts, worked out when they are first asked for: see kernels/counting.py
-ADJUSTED, READY, GROUP = 14, 15, 16
+ADJUSTED, READY, GROUP = map(np.int64, (14, 15, 16))
 # sizes: positions, nodes, numbers in all lists of nodes, documents, dead ranks
-N_TOKENS, N_NODES, N_COUNTS, N_DOCUMENTS, N_DEAD = 17, 18, 19, 20, 21
+N_TOKENS, N_NODES, N_COUNTS, N_DOCUMENTS, N_DEAD = map(np.int64, (17, 18, 19, 20, 21))
 # whether tokens have four bytes, intervals of more than OVER positions are nodes, at most CAP of a document count, END
-FOUR, OVER, CAP, END = 22, 23, 24, 25
+FOUR, OVER, CAP, END = map(np.int64, (22, 23, 24, 25))
 # where sources reach over several segments: the address of each document's number among all of the snapshot's sources, how
 # many there are, and what tells this snapshot's way of counting from others
-SHARED, N_SOURCES, SERIAL = 26, 27, 28
+SHARED, N_SOURCES, SERIAL = map(np.int64, (26, 27, 28))
 # the token two before the position of every rank, of a small segment alone, for `walk_two`; and of every 2**STRIDE-th rank
-BEFORE, SAMPLED, STRIDE = 29, 30, 31
+BEFORE, SAMPLED, STRIDE = map(np.int64, (29, 30, 31))
 ROW = 32
+_ONE = np.int64(1)
 NODE_RANKS = 4096
 _RANKS_AT_ONCE = 1024
 _SIDE_BY_SIDE = 4  # segments that are searched side by side
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def number_at(table_SF, s, section, i):
     """Number i of an array of u32."""
     return load32(table_SF[s, section] + 4 * i)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def token_at(table_SF, s, section, i):
     """Token i of an array of tokens."""
     if table_SF[s, FOUR]:
@@ -59,7 +61,7 @@ def token_at(table_SF, s, section, i):
     return load16(table_SF[s, section] + 2 * i)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _back(table_SF, s, rank, depth, end):
     """The token `depth` + 1 before the position of a rank, -1 where its document has begun."""
     at = number_at(table_SF, s, ORDER, rank) - 1 - depth
@@ -69,7 +71,7 @@ def _back(table_SF, s, rank, depth, end):
     return np.int64(-1) if token >= end else token
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _bound(table_SF, s, a, b, depth, least, end):
     """The first rank of [a, b) with a token of `least` or more before it, or b."""
     while a < b:
@@ -81,7 +83,7 @@ def _bound(table_SF, s, a, b, depth, least, end):
     return a
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def narrow(table_SF, s, low, high, depth, token, end):
     """The part of an interval of `depth` tokens in which `token` stands before them: (low, high), empty where none does.
 
@@ -102,7 +104,7 @@ def narrow(table_SF, s, low, high, depth, token, end):
     return a, a
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _sample_bound(table_SF, s, a, b, least, end):
     """`_bound` among the sampled ranks."""
     while a < b:
@@ -113,11 +115,11 @@ def _sample_bound(table_SF, s, a, b, least, end):
     return a
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def narrow_two(table_SF, s, low, high, token, end):
     """`narrow` of the interval of one token: the sampled ranks, which are near, say between which ranks to look."""
     if table_SF[s, SAMPLED] == 0 or high - low <= 1 << table_SF[s, STRIDE]:
-        return narrow(table_SF, s, low, high, 1, token, end)
+        return narrow(table_SF, s, low, high, _ONE, token, end)
     k = table_SF[s, STRIDE]
     # samples i of the interval: low <= i << k < high
     first, last = (low + (1 << k) - 1) >> k, ((high - 1) >> k) + 1
@@ -126,12 +128,12 @@ def narrow_two(table_SF, s, low, high, token, end):
     below = ((begin - 1) << k) + 1 if begin > first else low
     above = stop << k if stop < last else high
     if begin == stop:
-        return narrow(table_SF, s, below, above, 1, token, end)
-    start = _bound(table_SF, s, below, begin << k, 1, token, end)
-    return start, _bound(table_SF, s, ((stop - 1) << k) + 1, above, 1, token + 1, end)
+        return narrow(table_SF, s, below, above, _ONE, token, end)
+    start = _bound(table_SF, s, below, begin << k, _ONE, token, end)
+    return start, _bound(table_SF, s, ((stop - 1) << k) + 1, above, _ONE, token + 1, end)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def walk_one(table_SF, s, context_K, n, most, end, low_D, high_D, known):
     """Fill the intervals of the last 0, 1, ... of the first n tokens of context_K; returns the largest depth that occurs.
 
@@ -158,7 +160,7 @@ def walk_one(table_SF, s, context_K, n, most, end, low_D, high_D, known):
     return min(n, most)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def dead_below(table_SF, s, rank):
     """How many dead ranks are smaller."""
     a, b = np.int64(0), table_SF[s, N_DEAD]
@@ -171,7 +173,7 @@ def dead_below(table_SF, s, rank):
     return a
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def live_in(table_SF, s, low, high):
     """Positions of an interval that belong to live documents."""
     if high <= low or table_SF[s, N_DEAD] == 0:
@@ -179,7 +181,7 @@ def live_in(table_SF, s, low, high):
     return high - low - (dead_below(table_SF, s, high) - dead_below(table_SF, s, low))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def walk_two(table_SF, context_K, n, most, end, low_SD, high_SD):
     """Fill the intervals of the last token and the last two in every segment; returns how many of the two it filled.
 
@@ -213,11 +215,11 @@ def walk_two(table_SF, context_K, n, most, end, low_SD, high_SD):
         if a < high and table_SF[s, BEFORE] == 0:
             low_SD[s, 2], high_SD[s, 2] = narrow_two(table_SF, s, a, high, token, end)
         elif a < high and token_at(table_SF, s, BEFORE, a) == token:
-            low_SD[s, 2], high_SD[s, 2] = narrow(table_SF, s, a, high, 1, token, end)
+            low_SD[s, 2], high_SD[s, 2] = narrow(table_SF, s, a, high, _ONE, token, end)
     return 2
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def walk(table_SF, context_K, n, most, end, low_SD, high_SD, live_D):
     """The intervals of every segment (0, 0 where nothing is live) and the live positions of all; returns the largest depth.
 
@@ -248,7 +250,7 @@ def walk(table_SF, context_K, n, most, end, low_SD, high_SD, live_D):
     return depth
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def find_node(table_SF, s, low, high):
     """The node of an interval of a segment, or -1 where it is narrow. Nodes are sorted by (low, -high)."""
     if high - low <= table_SF[s, OVER]:
@@ -268,7 +270,7 @@ def find_node(table_SF, s, low, high):
     return np.int64(-1)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def ranks_between(order_N, begin, size, rank_R):
     """Ranks, ascending, of the positions begin .. begin + size (uint32 both); returns how many, `size` but for damage."""
     found = 0

@@ -8,7 +8,8 @@ V: the model's logits; M: tokens the memory speaks of (M <= V); T: positions
 """
 
 import numpy as np
-from numba import njit
+
+from engram_lm.kernels.compiled import kernel
 
 f32, i32 = np.float32, np.int32
 _SUMS = {"contract", "reassoc", "nsz", "arcp"}  # infinities and NaN keep their meaning
@@ -16,7 +17,7 @@ _FLOOR = f32(-87.0)
 _BLOCK = 1024
 
 
-@njit(inline="always")
+@kernel(inline="always")
 def _exp(x):
     x = max(x, _FLOOR)
     n = np.floor(x * f32(1.44269504088896341) + f32(0.5))
@@ -31,7 +32,7 @@ def _exp(x):
     return (p * (r * r) + r + f32(1.0)) * np.int32((i32(n) + i32(127)) << i32(23)).view(np.float32)
 
 
-@njit(inline="always")
+@kernel(inline="always")
 def _log(x):
     bits = np.float32(x).view(np.int32)
     mantissa = np.int32((bits & i32(0x007FFFFF)) | i32(0x3F000000)).view(np.float32)
@@ -54,14 +55,14 @@ def _log(x):
     return z + y + e * f32(0.693359375)
 
 
-@njit(inline="always")
+@kernel(inline="always")
 def _ordered(x):
     """A whole number that is larger where x is (NaN above all): vectors of whole numbers have a maximum, floats do not."""
     bits = np.float32(x).view(np.int32)
     return np.int32(bits ^ ((bits >> i32(31)) & i32(0x7FFFFFFF)))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def largest(x_V):
     """(place, value) of the first largest number; a NaN is larger than all."""
     best, at = np.int32(-2147483648), 0
@@ -78,7 +79,7 @@ def largest(x_V):
     return 0, x_V[0]
 
 
-@njit(nogil=True, cache=True, fastmath=_SUMS)
+@kernel(fastmath=_SUMS)
 def _sums(x_V, most):
     total, weighted = f32(0), f32(0)
     for i in range(x_V.shape[0]):
@@ -89,7 +90,7 @@ def _sums(x_V, most):
     return total, weighted
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def survey(x_V):
     """(place of the largest, its value, log-sum-exp, entropy in nats) of float32 logits; NaN or +inf: NaN."""
     at, most = largest(x_V)
@@ -98,7 +99,7 @@ def survey(x_V):
     return at, most, np.float64(most) + log_total, log_total - np.float64(weighted) / np.float64(total)
 
 
-@njit(nogil=True, cache=True, fastmath=_SUMS)
+@kernel(fastmath=_SUMS)
 def allowed_mass(x_V, q_M):
     """How much of the memory's mass is on tokens whose logits are not -inf."""
     kept = f32(0)
@@ -107,7 +108,7 @@ def allowed_mass(x_V, q_M):
     return kept
 
 
-@njit(nogil=True, cache=True, fastmath=_SUMS)
+@kernel(fastmath=_SUMS)
 def _mix(x_V, q_M, keep, give, lse, shift, out_V):
     for i in range(q_M.shape[0]):
         x, q = x_V[i], q_M[i]
@@ -117,7 +118,7 @@ def _mix(x_V, q_M, keep, give, lse, shift, out_V):
         out_V[i] = x_V[i] + shift
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def mix_linear(x_V, q_M, lam, kept, lse, out_V):
     """out = lse + log((1 - lam) P_model + lam q / kept): logits of the mixture, with the model's log-sum-exp.
 
@@ -126,7 +127,7 @@ def mix_linear(x_V, q_M, lam, kept, lse, out_V):
     _mix(x_V, q_M, f32(1.0 - lam), f32(lam / kept), f32(lse), f32(np.log1p(-lam)), out_V)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def survey_rows(x_TV, target_T, other_T, out_T6):
     """Each row of a prompt's logits, read once.
 
