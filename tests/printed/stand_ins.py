@@ -14,8 +14,6 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from printed.pages import ROOT
-
 HANDBOOK = {
     "leave.md": """# Leave
 
@@ -247,8 +245,10 @@ def _byte_tokenizer(path: Path) -> None:
 
 
 def _demo_memory(path: Path) -> None:
-    """The clone's own, which nothing writes to."""
-    path.symlink_to(ROOT / "demo" / "memory", target_is_directory=True)
+    """The demo's own, which nothing writes to."""
+    from engram_lm.serve.demo import Demo
+
+    path.symlink_to(Demo.find().memory, target_is_directory=True)
 
 
 def _canaries(path: Path) -> None:

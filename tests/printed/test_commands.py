@@ -57,6 +57,21 @@ def test_a_line_that_does_not_parse_is_told(line, told):
     assert told in wrongness(line) if told else wrongness(line) == ""
 
 
+def test_every_option_that_a_page_names_is_one_of_a_command():
+    known = set().union(*map(_options, _commands(app)))
+    named = [
+        (name_of(page), option)
+        # options of vLLM's own are named there
+        for page in PAGES
+        if page.name != "vllm.md"
+        for span in re.findall(r"`([^`]+)`", _without_blocks(page))
+        if not span.startswith("python ")
+        for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", span)
+    ]
+    assert len(named) > 50
+    assert [one for one in named if one[1] not in known] == []
+
+
 def wrongness(line: str) -> str:
     """What is wrong with a command line, "" where nothing is. COMMAND stands for any of them."""
     tokens = _tokens(line)
@@ -81,6 +96,18 @@ def _options(command: App) -> set[str]:
     return {"--help", "--version"} | {
         name for argument in command.assemble_argument_collection() for name in argument.names
     }
+
+
+def _commands(group: App) -> Iterator[App]:
+    if group.default_command:
+        yield group
+    for name in group:
+        if not name.startswith("-"):
+            yield from _commands(group[name])
+
+
+def _without_blocks(page: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf8"), flags=re.MULTILINE | re.DOTALL)
 
 
 def _tokens(line: str) -> list[str]:

@@ -172,8 +172,18 @@ def test_no_code_is_printed_unfenced():
     assert {name_of(page): unfenced_code(page) for page in PAGES if unfenced_code(page)} == {}
 
 
-def test_json_that_is_shown_is_json():
-    shown = [block for blocks in BLOCKS.values() for block in blocks if block.language == "json"]
-    assert len(shown) >= 2
-    for block in shown:
-        assert json.loads(block.source), f"{block.page}:{block.line}"
+def test_json_that_is_shown_is_what_commands_read(tmp_path):
+    from engram_lm.eval.facts import read_facts
+    from engram_lm.serve.quiz import Quiz
+
+    shown = {
+        name: [block.source for block in blocks if block.language == "json"]
+        for name, blocks in BLOCKS.items()
+    }
+    shown = {name: sources for name, sources in shown.items() if sources}
+    assert {name: len(sources) for name, sources in shown.items()} == {"docs/eval.md": 1, "docs/serve.md": 1}
+    fact, quiz = tmp_path / "probes.jsonl", tmp_path / "quiz.json"
+    fact.write_text(json.dumps(json.loads(shown["docs/eval.md"][0])) + "\n")
+    quiz.write_text(shown["docs/serve.md"][0])
+    assert [one.answer for one in read_facts([fact])] == ["Ukrainian"]
+    assert Quiz.read(quiz).question("dog").is_answered_by("It is Orlando.")
