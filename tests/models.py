@@ -251,3 +251,45 @@ def saved_doll(directory: Any) -> tuple[Any, nn.Module, Any]:
     model.save_pretrained(directory)
     words.save_pretrained(directory)
     return directory, model, words
+
+
+def qwen4_exp(**changes: Any) -> nn.Module:
+    """A random Qwen4-Exp with N-gram tables before two blocks, as transformers builds it."""
+    options = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layer_types": ["linear_attention"] * 3 + ["indexed_attention"],
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "hc_count": 2,
+        "hc_lowrank": 8,
+        "ple_layer_ids": [2, 3],
+        "ple_embed_dim": 24,
+        "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 101,
+        "make_ngram_vocab_size_divisible_by": 8,
+        "eos_token_id": 3,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 4,
+        "initializer_range": 0.15,
+        "split_ngram_parts": 1,
+    }
+    model = hf.Qwen4ExpForCausalLM(hf.Qwen4ExpTextConfig(**options | changes)).eval()
+    for module in model.modules():
+        if hasattr(module, "ngram_embedding"):
+            # so that the rows are heard: a new conv is zero, and new rows are small
+            torch.nn.init.normal_(module.ngram_embedding.weight)
+    return model

@@ -13,55 +13,16 @@ from engram_lm.tables import open_shipped
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 
+from models import qwen4_exp  # noqa: E402
+
 IDS = torch.tensor([[5, 9, 3, 7, 7, 22, 60, 3, 41], [11, 12, 13, 14, 15, 16, 17, 18, 3]])
-
-
-def tiny_qwen(**changes):
-    options = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "layer_types": ["linear_attention"] * 3 + ["indexed_attention"],
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "hc_count": 2,
-        "hc_lowrank": 8,
-        "ple_layer_ids": [2, 3],
-        "ple_embed_dim": 24,
-        "heads_per_ngram": 2,
-        "ngram_vocab_size_base": 101,
-        "make_ngram_vocab_size_divisible_by": 8,
-        "eos_token_id": 3,
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 8,
-        "indexer_budget": 64,
-        "indexer_compress_ratio": 4,
-        "initializer_range": 0.15,
-        "split_ngram_parts": 1,
-    }
-    model = hf.Qwen4ExpForCausalLM(hf.Qwen4ExpTextConfig(**options | changes)).eval()
-    for module in model.modules():
-        if hasattr(module, "ngram_embedding"):
-            # so that the rows are heard: a new conv is zero, and new rows are small
-            torch.nn.init.normal_(module.ngram_embedding.weight)
-    return model
 
 
 @pytest.fixture(scope="module", params=[1, 12], ids=["one tensor", "twelve shards"])
 def checkpoint(request, tmp_path_factory):
     """A random Qwen4-Exp as transformers saves it, and its logits."""
     torch.manual_seed(1)
-    model = tiny_qwen(split_ngram_parts=request.param)
+    model = qwen4_exp(split_ngram_parts=request.param)
     directory = tmp_path_factory.mktemp("qwen")
     model.save_pretrained(directory, max_shard_size="60KB")
     with torch.no_grad():
@@ -102,7 +63,7 @@ def test_names_of_the_released_model_with_vision(tmp_path):
 
     vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     vision |= {"out_hidden_size": 32, "num_position_embeddings": 16}
-    text = tiny_qwen(split_ngram_parts=4).config.to_dict()
+    text = qwen4_exp(split_ngram_parts=4).config.to_dict()
     model = hf.Qwen4ExpForConditionalGeneration(
         hf.Qwen4ExpConfig(text_config=text, vision_config=vision)
     ).eval()
@@ -155,7 +116,7 @@ def test_an_fp8_table_as_transformers_reads_it(tmp_path):
 
     codes = torch.randn(424, 6).to(torch.float8_e4m3fn)
     scale = torch.tensor([0.0371], dtype=torch.bfloat16)
-    model = tiny_qwen(ple_layer_ids=[2]).to(torch.bfloat16)
+    model = qwen4_exp(ple_layer_ids=[2]).to(torch.bfloat16)
     embedding = FP8Embedding(424, 6)
     embedding.weight.data, embedding.weight_scale.data = codes, scale
     model.model.layers[1].ple.ple_embedding.ngram_embedding = embedding
@@ -178,7 +139,7 @@ def test_an_fp8_checkpoint_as_transformers_loads_it(tmp_path, scale_dtype):
 
     from engram_lm import load_shipped
 
-    tiny_qwen(split_ngram_parts=4).to(torch.bfloat16).save_pretrained(tmp_path)
+    qwen4_exp(split_ngram_parts=4).to(torch.bfloat16).save_pretrained(tmp_path)
     tensors, scale = {}, torch.tensor([0.0123])
     scale = ("F32", scale) if scale_dtype == "F32" else ("BF16", scale.bfloat16().view(torch.uint16))
     names = {torch.bfloat16: "BF16", torch.int64: "I64", torch.float32: "F32"}
@@ -221,11 +182,11 @@ def test_what_cannot_be_done_with_rows_in_files(checkpoint, tmp_path):
         pickle.dumps(model.model.layers[1].ple.ple_embedding.ngram_embedding)
     with pytest.raises(ConfigError, match="wanted 'disk', 'host'"):
         load_shipped(checkpoint[0], rows="gpu")
-    other = tiny_qwen(ngram_vocab_size_base=103)
+    other = qwen4_exp(ngram_vocab_size_base=103)
     with pytest.raises(CheckpointError, match="rows of 6 numbers; the model wants"):
         leave_rows(other, checkpoint[0])
     with pytest.raises(CheckpointError, match="has tables for layers 1, 2"):
-        leave_rows(tiny_qwen(ple_layer_ids=[1]), checkpoint[0])
+        leave_rows(qwen4_exp(ple_layer_ids=[1]), checkpoint[0])
     hf.LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is a llama"):
         load_shipped(tmp_path)
