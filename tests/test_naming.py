@@ -224,8 +224,8 @@ def test_a_base_has_no_memory_yet_and_the_next_step_is_said(tmp_path, lookups):
     }.items():
         with pytest.raises(
             CheckpointError,
-            match=f"{name} has no memory yet. Train one: engram-lm train {typed} --data FILES --out my-memory; or see one "
-            "that is trained: engram-lm demo. Or so.",
+            match=f"{name} has no memory yet. Train one: `engram-lm train {typed} --data FILES --out my-memory`; or see one "
+            "that is trained: `engram-lm demo`. Or so.",
         ):
             require_memory(name, instead=" Or so.")
     (tmp_path / "my-memory").mkdir()

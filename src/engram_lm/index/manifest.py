@@ -39,7 +39,7 @@ def require_new(directory: Path) -> None:
     """CheckpointError where an index cannot be made, as there is a file or an index already."""
     if (directory / MANIFEST).exists():
         raise CheckpointError(
-            f"{directory} holds an index already. Add to it with engram-lm index add, or name another directory."
+            f"{directory} holds an index already. Name another directory, or add to it: engram-lm index add."
         )
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file; an index is a directory. Name another.")

@@ -28,8 +28,8 @@ from engram_lm.mixing.features import NAMES, VERSION
 from engram_lm.mixing.mix import Space
 
 FORMAT = "engram-lm gate 2"
-# 1 names its tokenizer by the first print (identity/writings.py)
-_READ = ("engram-lm gate 1", FORMAT)
+# It names its tokenizer by the first print (identity/writings.py).
+FIRST_FORMAT = "engram-lm gate 1"
 MOST = 0.999
 
 
@@ -187,7 +187,7 @@ class Gate:
         """Read `to_json`'s text; CheckpointError for anything else."""
         try:
             facts = json.loads(text)
-            if facts.pop("format") not in _READ:
+            if facts.pop("format") not in (FIRST_FORMAT, FORMAT):
                 raise ValueError("it is of another format")
             known = facts.pop("features")
             if known != {"version": VERSION, "names": list(NAMES)}:

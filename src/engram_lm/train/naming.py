@@ -88,8 +88,8 @@ def require_memory(name: str | Path, *, instead: str = "") -> None:
         raise CheckpointError(f"{directory} holds a run that is not over; {_last_checkpoint(directory)}.")
     if is_own(name) or any((directory / file).exists() for file in _CONFIGS):
         raise CheckpointError(
-            f"{name} has no memory yet. Train one: engram-lm train {shlex.quote(str(name))} --data FILES --out my-memory; "
-            f"or see one that is trained: engram-lm demo.{instead}"
+            f"{name} has no memory yet. Train one: `engram-lm train {shlex.quote(str(name))} --data FILES --out my-memory`; "
+            f"or see one that is trained: `engram-lm demo`.{instead}"
         )
     if directory.is_dir():
         raise CheckpointError(
