@@ -170,7 +170,10 @@ def test_a_damaged_file_is_compiled_anew(fresh):
 def test_every_type_of_argument_has_a_file(fresh):
     kernel = fresh()
     assert (kernel(3), kernel(1.5)) == (9, 2.25)
-    assert len(files_in(fresh.places[0])) == 2
+    files = files_in(fresh.places[0])
+    assert len(files) == 2
+    # others than who compiled them may read them
+    assert [file.stat().st_mode & 0o777 for file in files] == [0o644] * 2
     again = fresh()
     assert (again(1.5), again(3)) == (2.25, 9)
     assert sum(again.stats.cache_hits.values()) == 2

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 QUIET_S = 0.5
-_FIRST = "engram-lm: compiling kernels for this machine, once: less than a minute, unless it is busy ..."
+_FIRST = "engram-lm: compiling kernels, once for this machine: up to a minute, longer if it is busy ..."
 _LOST = (
     "engram-lm: compiled kernels cannot be kept, so every command compiles them again. "
     "Set ENGRAM_CACHE to a directory that can be written."
