@@ -1,9 +1,11 @@
 """Training data: reading text strictly, tokenising once, splitting by document, packing without losing an id."""
 
 import gzip
+import hashlib
 import json
 import lzma
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -181,6 +183,31 @@ def test_second_time_comes_from_the_cache(tmp_path, tokenizer, cache):
         tokenise(write_jsonl(tmp_path / "c.jsonl", [*TEXTS, "x"]), tokenizer=tokenizer),
     ]
     assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 3
+
+
+def test_a_corpus_of_an_older_version_is_found_and_a_run_on_it_goes_on(tmp_path, tokenizer, cache):
+    """Older caches and runs are named by how the tokenizer was written, in one of its writings."""
+    from engram_lm.identity import print_of
+    from engram_lm.identity.writings import first_prints
+
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    new = tokenise(path, tokenizer=tokenizer)
+    files = corpus_module._of_files([path])
+    how = {"format": corpus_module._FORMAT, "field": "text", "txt_documents": "file", "end_id": END}
+    for old_print in first_prints(print_of(tokenizer)):
+        old = hashlib.sha256(
+            json.dumps(how, sort_keys=True).encode() + old_print.encode() + files
+        ).hexdigest()
+        going_on = tokenise(path, tokenizer=tokenizer, known=old)
+        assert going_on.fingerprint == old
+        assert going_on.ids.tolist() == new.ids.tolist()
+    assert tokenise(path, tokenizer=tokenizer).fingerprint == new.fingerprint
+    shutil.rmtree(cache / new.fingerprint[:32])
+    assert (
+        tokenise(path, tokenizer=tokenizer).fingerprint != new.fingerprint
+    )  # one of the old ones, not made again
+    # of other text, the fingerprint that a run holds is not this corpus's
+    assert tokenise(write_jsonl(path, TEXTS[1:]), tokenizer=tokenizer, known=old).fingerprint != old
 
 
 def test_a_failure_in_the_middle_leaves_no_cache(tmp_path, tokenizer, cache):

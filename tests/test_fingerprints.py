@@ -2,7 +2,9 @@
 
 import json
 import re
+import shutil
 import unicodedata
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -17,6 +19,7 @@ from engram_lm.library.library import Library
 from engram_lm.mixing.identity import as_the_gate_says
 from engram_lm.vocab import TokenMap
 
+GOLDEN = Path(__file__).parent / "golden" / "first-prints"
 # text and all of `byte_level()`
 PINNED = (
     "509e80921601552edc19fc66cf1f41931fefc889c5f9d410209619bf2cd01c93",
@@ -285,6 +288,25 @@ def test_the_shipped_gate_knows_its_tokenizer_in_both_writings():
     other.normalizer = normalizers.Lowercase()
     assert as_the_gate_says(gate, other) == print_of(other).text
     assert Gate  # the class whose `require` compares the two
+
+
+def test_what_the_first_version_wrote_is_read(tmp_path):
+    """An index and two token maps, made of `byte_level()` with "" where it has null, by the version before these prints."""
+    shutil.copytree(GOLDEN / "index", tmp_path / "index")
+    old = (GOLDEN / "fingerprint.txt").read_text().strip()
+    assert old != first_print(json.loads(byte_level().to_str()))
+    with Library.open(tmp_path / "index", tokenizer=byte_level()) as library:
+        assert library.store.tokenizer == old
+        _, hits = library.search("sat on 1984")
+        assert [hit.document.id for hit in hits] == ["cat.md"]
+    lower = byte_level()
+    lower.normalizer = normalizers.Lowercase()
+    for name in ("compressed.bin", "raw.bin"):
+        loaded = TokenMap.load(GOLDEN / name)
+        assert (loaded.tokenizer_fingerprint, loaded.n_tokens) == (old, 0)
+        loaded.require_tokenizer(byte_level(), where="here")
+        with pytest.raises(IdentityError, match="its ids mean other text"):
+            loaded.require_tokenizer(lower, where="here")
 
 
 # ---- where prints are compared --------------------------------------------------------------------------------------------
