@@ -40,7 +40,7 @@ import numpy as np
 from machine import circumstances
 from watched import watched
 
-from engram_lm.index import Document, Segment, Snapshot, Store, View
+from engram_lm.index import Document, Index, LiveSegment, Segment, Snapshot
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "index.json"
@@ -70,8 +70,8 @@ def texts(path):
 
 def tokenizer_file():
     """SmolLM2's, from the cache that `--model smollm2` fills."""
+    from engram_lm.bases import smollm2
     from engram_lm.cache import cache_directory
-    from engram_lm.train import smollm2
 
     path = cache_directory() / "bases" / smollm2.cache_name() / "tokenizer.json"
     if not path.exists():
@@ -210,7 +210,7 @@ def latency(work, held_out, options):
     given = np.load(work / "questions.npz")
     asked = [given["token_QK"][q, :n].astype(np.int64) for q, n in enumerate(given["length_Q"])]
     segment = Segment.open(work / "ours.segment", verify="all")
-    snapshot = Snapshot([View(segment)], vocab_size=VOCAB)
+    snapshot = Snapshot([LiveSegment(segment)], vocab_size=VOCAB)
     found = {"questions": len(asked), "tokens": len(segment)}
     half = asked[: len(asked) // 2]
     out = np.empty(VOCAB + 1, np.float32)
@@ -321,10 +321,10 @@ def store(work, options):
     spent = {"add": [], "visible": [], "delete": [], "gone": []}
     with (
         tempfile.TemporaryDirectory(dir=work) as directory,
-        Store.create(Path(directory) / "index", vocab_size=VOCAB) as writer,
+        Index.create(Path(directory) / "index", vocab_size=VOCAB) as writer,
     ):
         writer.add([(f"base {i}", piece) for i, piece in enumerate(pieces[:350])])
-        with Store.open(Path(directory) / "index") as reader:
+        with Index.open(Path(directory) / "index") as reader:
             for turn in range(-5, options.updates):
                 # 5 turns to warm up
                 piece = pieces[350 + turn % options.updates]
@@ -369,8 +369,8 @@ def segments(work, options):
         for tokens, fact in zip(lists, facts, strict=True)
     ]
     arms = {
-        "one": Snapshot([View(one)], vocab_size=VOCAB),
-        "32": Snapshot([View(s) for s in many], vocab_size=VOCAB),
+        "one": Snapshot([LiveSegment(one)], vocab_size=VOCAB),
+        "32": Snapshot([LiveSegment(s) for s in many], vocab_size=VOCAB),
     }
     given = np.load(work / "questions.npz")
     asked = [given["token_QK"][q, :n].astype(np.int64) for q, n in enumerate(given["length_Q"][:1000])]

@@ -33,7 +33,7 @@ os.environ.pop("NUMBA_NUM_THREADS")
 import numpy as np
 from machine import circumstances
 
-from engram_lm.index import Segment, Store
+from engram_lm.index import Index, Segment
 
 RESULT = Path(__file__).resolve().parent / "results" / "index-updates.json"
 VOCAB, WORDS = 49_152, 40_000
@@ -173,7 +173,7 @@ def miscounted(snapshot, world, n=20):
 def updates(directory, options):
     world, spent, looked, wrong, segments = World(options.documents), {}, 0, 0, []
     watcher = Watcher(directory)
-    with Store.create(directory, vocab_size=VOCAB) as store, Store.open(directory) as reader:
+    with Index.create(directory, vocab_size=VOCAB) as store, Index.open(directory) as reader:
         while len(world.live) < options.documents:
             name = str(world.next)
             world.next, world.version = world.next + 1, world.version + 1
@@ -206,7 +206,7 @@ def updates(directory, options):
         error = store.stats().merge_error
     watcher.done = True
     watcher.join()
-    with Store.open(directory) as store:
+    with Index.open(directory) as store:
         store.verify()
         end = store.stats()
     every = [value for values in spent.values() for value in values]

@@ -25,7 +25,7 @@ from transformers import DynamicCache
 
 from engram_lm import load_base
 from engram_lm.index.segment import Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.mixing import default_gate, memory_processor, onepass, score
 from engram_lm.mixing.identity import rules_of
 
@@ -121,7 +121,7 @@ def main():
     torch.set_num_threads(options.threads)
     model, tokenizer, _ = load_base("smollm2")
     segment = Segment.open(options.segment, verify="all")
-    snapshot, gate = Snapshot([View(segment)], vocab_size=segment.vocab_size), default_gate()
+    snapshot, gate = Snapshot([LiveSegment(segment)], vocab_size=segment.vocab_size), default_gate()
     found = {
         "benchmark": "mixing", **circumstances("engram-lm", "torch", "transformers", "numpy", "numba"), "seed": SEED,
         "model": "SmolLM2-135M-Instruct", "dtype": str(model.dtype), "threads": options.threads,

@@ -40,7 +40,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, StaticCache
 from engram_lm import MemoryConfig, attach, memories, use_table
 from engram_lm.addressing import PROFILES
 from engram_lm.identity import BaseRef
-from engram_lm.tables import DeviceTable, HostStore, StoredTable
+from engram_lm.storage import HostStore
+from engram_lm.tables import DeviceTable, ReadOnlyTable
 
 GIB = 1 << 30
 SEED = 0
@@ -327,8 +328,8 @@ def measure(name, settings, batches, stores, n_bytes):
     if not stores:
         stores.update({slot.block: host_store(slot) for slot in slots})
     rows_bytes = sum(store.n_rows * store.record_bytes for store in stores.values())
-    host = {block: StoredTable(store, dtype=torch.bfloat16) for block, store in stores.items()}
-    waiting = {block: StoredTable(store, dtype=torch.bfloat16) for block, store in stores.items()}
+    host = {block: ReadOnlyTable(store, dtype=torch.bfloat16) for block, store in stores.items()}
+    waiting = {block: ReadOnlyTable(store, dtype=torch.bfloat16) for block, store in stores.items()}
     for table in waiting.values():
         table.fetches_ahead = False
     arms |= {"host": arm(model, host), "host, no prefetch": arm(model, waiting)}

@@ -138,7 +138,7 @@ def main():
         found["cells"][shape] = measure(shape, *bares, text(), leave=leave)
         save(found)
     if arguments.smollm2 and not arguments.draw_only:
-        from engram_lm.train.base import load_base
+        from engram_lm.bases.base import load_base
 
         torch.set_num_threads(2)
         bare, tokenizer, _ = load_base("smollm2")

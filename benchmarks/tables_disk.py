@@ -24,7 +24,8 @@ import timing
 import torch
 from machine import circumstances
 
-from engram_lm.tables import DiskStore, StoredTable, Writer, open_packed
+from engram_lm.storage import DiskStore, TableWriter, open_packed
+from engram_lm.tables import ReadOnlyTable
 
 DEPTH, TOKEN_ROWS = 64, 24
 SEED = 0
@@ -38,7 +39,7 @@ def write_table(path, n_bytes):
     block = rng.integers(0, 120, (15 << 12, 264), dtype=np.uint8)
     block[:, WIDTH:] = 120
     n_rows = n_bytes // 4096 * 15
-    with Writer(path, n_rows=n_rows, width=WIDTH, codec=CODEC) as writer:
+    with TableWriter(path, n_rows=n_rows, width=WIDTH, codec=CODEC) as writer:
         while writer.rows_done < n_rows:
             block[:, :8] = rng.integers(0, 120, (len(block), 8), dtype=np.uint8)
             writer.add(block[: n_rows - writer.rows_done])
@@ -107,7 +108,7 @@ def rates(path, layout, *, seconds, repeats=5):
 
 def tickets(path, layout, *, seconds, repeats=5):
     rng = np.random.default_rng(SEED)
-    table = StoredTable(DiskStore(layout, depth=DEPTH))
+    table = ReadOnlyTable(DiskStore(layout, depth=DEPTH))
     table.prefetch(torch.arange(TOKEN_ROWS)).rows()
     found, over = [], []
     for _ in range(repeats):

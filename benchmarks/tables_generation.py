@@ -28,7 +28,8 @@ from shape import draw_ids, random_llama, tokenizer_of_words
 from transformers import DynamicCache
 
 from engram_lm import MemoryConfig, attach, memories, use_table
-from engram_lm.tables import DiskStore, HostStore, StoredTable, Writer, open_packed
+from engram_lm.storage import DiskStore, HostStore, TableWriter, open_packed
+from engram_lm.tables import ReadOnlyTable
 
 SEED = 0
 ADDED_TO_GENERATION = 0.01
@@ -69,7 +70,7 @@ def generation(directory, *, models=MODELS, batches=(1, 8, 64), rows_per_head=60
 
 def write_random_rows(path, n_rows):
     rng = np.random.default_rng(SEED)
-    with Writer(path, n_rows=n_rows, width=WIDTH, codec=CODEC) as writer:
+    with TableWriter(path, n_rows=n_rows, width=WIDTH, codec=CODEC) as writer:
         while writer.rows_done < n_rows:
             n = min(65_536, n_rows - writer.rows_done)
             record = rng.integers(0, 248, (n, 264), dtype=np.uint8)
@@ -81,10 +82,10 @@ def write_random_rows(path, n_rows):
 
 def generation_arms(path):
     arms = {
-        "memory": StoredTable(HostStore.load(open_packed(path))),
-        "memory again": StoredTable(HostStore.load(open_packed(path))),
-        "disk": StoredTable(DiskStore(open_packed(path))),
-        "disk, no prefetch": StoredTable(DiskStore(open_packed(path))),
+        "memory": ReadOnlyTable(HostStore.load(open_packed(path))),
+        "memory again": ReadOnlyTable(HostStore.load(open_packed(path))),
+        "disk": ReadOnlyTable(DiskStore(open_packed(path))),
+        "disk, no prefetch": ReadOnlyTable(DiskStore(open_packed(path))),
     }
     for name, table in arms.items():
         table.fetches_ahead = name == "disk"

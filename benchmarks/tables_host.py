@@ -27,8 +27,8 @@ from numba import njit
 from shape import draw_ids
 
 from engram_lm.addressing import PROFILES, resolve
-from engram_lm.kernels.rows import CACHE_LINE, PREFETCH_ROWS, _copy_bytes, _prefetch
-from engram_lm.tables import HostStore
+from engram_lm.storage import HostStore
+from engram_lm.storage.kernels.rows import CACHE_LINE, PREFETCH_ROWS, _copy_bytes, _prefetch
 
 CASES = [("fp32", 16), ("bf16", 64), ("bf16", 80), ("fp32", 64), ("fp8_e4m3", 160), ("fp8_e4m3_e8m0", 256)]
 ROWS_READ = 1 << 17

@@ -20,7 +20,7 @@ import numpy as np
 
 from engram_lm.errors import DataError
 from engram_lm.eval.intervals import share_interval
-from engram_lm.eval.measured import load
+from engram_lm.eval.result import load
 from engram_lm.whole import write_whole
 
 HERE = Path(__file__).resolve().parent

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from engram_lm.attachment import MemoryConfig, attach, memories
-from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer
+from engram_lm.bases.recipes import Recipe, build_model, byte_tokenizer
 
 PAD, EOS = 0, 1
 SMALL = {"vocab_size": 258, "num_hidden_layers": 4, "hidden_size": 32, "max_position_embeddings": 128}

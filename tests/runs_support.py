@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from engram_lm.runs.config import TrainConfig
+from engram_lm.training.config import TrainConfig
 
 WORDS = [
     "the",

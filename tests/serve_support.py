@@ -18,11 +18,11 @@ from engram_lm.library import Library, Text
 from engram_lm.serve.access import Access
 from engram_lm.serve.app import create_app
 from engram_lm.serve.limits import Limits
-from engram_lm.serve.loaded import Loaded
-from engram_lm.serve.mixed import Mixed
 from engram_lm.serve.quiz import Question, Quiz
+from engram_lm.serve.served_index import ServedIndex
+from engram_lm.serve.served_mixture import ServedMixture
+from engram_lm.serve.served_model import ServedModel
 from engram_lm.serve.service import Service
-from engram_lm.serve.shelf import Shelf
 from models import build, give_memory, tokenizer
 
 HERE = "127.0.0.1:7860"
@@ -66,10 +66,10 @@ def make_service(
         model = build("llama")
         if tables:
             give_memory(model, tokenizer=words())
-        service.loaded = Loaded(name="tiny", model=model, tokenizer=words(), limits=limits)
+        service.loaded = ServedModel(name="tiny", model=model, tokenizer=words(), limits=limits)
         if index:
-            service.shelf = Shelf(make_index(directory / "index"), encoder=service.loaded.encoder)
-            service.mixed = Mixed(service.loaded, service.shelf, gate=None, lam=lam)
+            service.shelf = ServedIndex(make_index(directory / "index"), encoder=service.loaded.encoder)
+            service.mixed = ServedMixture(service.loaded, service.shelf, gate=None, lam=lam)
             service.quiz = QUIZ
 
     errors: list[BaseException] = []

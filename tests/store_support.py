@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from engram_lm.index.store import Store
+from engram_lm.index.store import Index
 
 VOCAB = 1000
 TENANTS = ("public", "second")
 
 
 def open_to_write(path, merging="by hand"):
-    return Store.open(path, "write", merging=merging, wait_seconds=10)
+    return Index.open(path, "write", merging=merging, wait_seconds=10)
 
 
 # ---- operations: a fixed list, each worked out from the state after those before it --------------------------------------
@@ -170,7 +170,7 @@ def scenario_states(name):
     """States after 0, 1, ... operations of a scenario; made with the store itself, in one process, without dying."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        Store.create(Path(folder) / "i", vocab_size=VOCAB, merging="by hand") as store,
+        Index.create(Path(folder) / "i", vocab_size=VOCAB, merging="by hand") as store,
     ):
         before_scenarios(store)
         states = [state_of(store)]
@@ -182,7 +182,7 @@ def scenario_states(name):
 
 def points(root, every):
     base = root / "base"
-    with Store.create(base, vocab_size=VOCAB, merging="by hand") as store:
+    with Index.create(base, vocab_size=VOCAB, merging="by hand") as store:
         before_scenarios(store)
 
     def run(path, name, n):
@@ -202,7 +202,7 @@ def points(root, every):
 
 def kills(root, seed, trials):
     path, done = root / "i", root / "done"
-    Store.create(path, vocab_size=VOCAB).close()
+    Index.create(path, vocab_size=VOCAB).close()
     draw, n = random.Random(seed), 0
 
     def run():
@@ -218,7 +218,7 @@ def kills(root, seed, trials):
         os.kill(child, signal.SIGKILL)
         ended(child)
         acked = int(done.read_text().split()[-1]) if done.exists() else 0
-        with Store.open(path) as store:
+        with Index.open(path) as store:
             store.verify()
             found = state_of(store)
         # what was acknowledged is there; the one change under way is, or is not
@@ -264,7 +264,7 @@ def write_pairs(path, shared, until):
 
 def read_pairs(path, shared, place, until):
     checked = 0
-    with Store.open(path) as store:
+    with Index.open(path) as store:
         while time.monotonic() < until:
             least = shared[:PAIRS].copy()
             snapshot = store.snapshot()
@@ -304,7 +304,7 @@ def follow(snapshot, context):
 
 def readers(root, n_readers, seconds):
     path = root / "i"
-    Store.create(path, vocab_size=VOCAB).close()
+    Index.create(path, vocab_size=VOCAB).close()
     shared = np.frombuffer(mmap.mmap(-1, 8 * (2 * PAIRS + 1 + n_readers)), np.int64)
     until = time.monotonic() + seconds
     children = [
@@ -313,14 +313,14 @@ def readers(root, n_readers, seconds):
     children.append(forked(lambda: write_pairs(path, shared, until)))
     for child in children:
         assert ended(child)
-    with Store.open(path) as store:
+    with Index.open(path) as store:
         store.verify()
     print("changes", shared[2 * PAIRS], "looks", *shared[2 * PAIRS + 1 :])
 
 
 def warm(root):
     """Load what is compiled, in the process that the others are forked from."""
-    with Store.create(root / "warm", vocab_size=VOCAB, merging="by hand") as store:
+    with Index.create(root / "warm", vocab_size=VOCAB, merging="by hand") as store:
         before_scenarios(store)
         for operations in SCENARIOS.values():
             for operation in operations:

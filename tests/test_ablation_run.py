@@ -20,10 +20,10 @@ from engram_lm.ablation.plan import RETROFIT_ARMS, SCRATCH_ARMS, Plan  # noqa: E
 from engram_lm.ablation.report import PICTURE, REPORT, change, draw, perplexity  # noqa: E402
 from engram_lm.ablation.run import ablate, read_results  # noqa: E402
 from engram_lm.ablation.sizes import sizes_of  # noqa: E402
+from engram_lm.corpus.blocks import Blocks  # noqa: E402
 from engram_lm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from engram_lm.runs import run as train_module  # noqa: E402
-from engram_lm.runs.trainer import MemoryTrainer  # noqa: E402
-from engram_lm.train.data import Blocks  # noqa: E402
+from engram_lm.training import run as train_module  # noqa: E402
+from engram_lm.training.trainer import MemoryTrainer  # noqa: E402
 from runs_support import TINY, tiny_config, write_text  # noqa: E402
 
 
@@ -46,7 +46,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def a_base(text, tmp_path_factory):
     """A directory with a pretrained base, as far as this command can tell."""
-    from engram_lm.train.base import load_base
+    from engram_lm.bases.base import load_base
 
     path = tmp_path_factory.mktemp("base")
     model, tokenizer, _ = load_base("scratch:tiny", text_files=[text], report=lambda line: None)

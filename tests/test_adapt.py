@@ -13,16 +13,16 @@ from engram_lm import cli  # noqa: E402
 from engram_lm.adapt import arms as arms_module  # noqa: E402
 from engram_lm.adapt.answers import Question, read_questions  # noqa: E402
 from engram_lm.adapt.arms import Arms, ModelReader  # noqa: E402
-from engram_lm.adapt.kept import Kept  # noqa: E402
+from engram_lm.adapt.kept import ResultRows  # noqa: E402
 from engram_lm.adapt.passages import Passages  # noqa: E402
 from engram_lm.adapt.report import perplexities  # noqa: E402
 from engram_lm.adapt.texts import Window, copied, split, window_of  # noqa: E402
+from engram_lm.bases.recipes import byte_tokenizer  # noqa: E402
 from engram_lm.errors import ConfigError, DataError  # noqa: E402
 from engram_lm.index.segment import Document, Segment  # noqa: E402
-from engram_lm.index.snapshot import Snapshot, View  # noqa: E402
+from engram_lm.index.snapshot import LiveSegment, Snapshot  # noqa: E402
 from engram_lm.library.encoding import TextEncoder  # noqa: E402
 from engram_lm.mixing import FixedLambda, rules_of, score  # noqa: E402
-from engram_lm.train.recipes import byte_tokenizer  # noqa: E402
 from models import saved_doll  # noqa: E402
 
 PAGES = {
@@ -54,7 +54,7 @@ def memory_of(encoder, texts):
         encoder.encode_all(texts.values()), vocab_size=encoder.vocab_size,
         documents=[Document(id=name) for name in texts],
     )  # fmt: skip
-    return Snapshot([View(segment)], vocab_size=encoder.vocab_size)
+    return Snapshot([LiveSegment(segment)], vocab_size=encoder.vocab_size)
 
 
 def test_halves_hold_whole_documents_and_every_one_once():
@@ -131,19 +131,19 @@ def test_a_window_that_nothing_is_found_for_is_read_without_a_passage(base):
 
 
 def test_rows_are_kept_and_a_torn_line_is_cut_off(tmp_path):
-    kept = Kept(tmp_path, {"seed": 0})
+    kept = ResultRows(tmp_path, {"seed": 0})
     kept.add({"arm": "memory", "index": "10", "log_p": -1.0}, key="a\u2028b")
     kept.add({"arm": "memory", "index": "all", "log_p": -2.0}, key="a\u2028b")
     with open(tmp_path / "memory.jsonl", "a") as file:
         file.write('{"key": "torn", "arm": "mem')
-    again = Kept(tmp_path, {"seed": 0})
+    again = ResultRows(tmp_path, {"seed": 0})
     assert again.has("memory", "a\u2028b")
     assert not again.has("memory", "torn")
     assert [row["log_p"] for row in again.rows("memory")] == [-1.0, -2.0]
     again.add({"arm": "memory", "index": "10", "log_p": -3.0}, key="a\u2028b")
-    assert sorted(row["log_p"] for row in Kept(tmp_path, {"seed": 0}).rows("memory")) == [-3.0, -2.0]
+    assert sorted(row["log_p"] for row in ResultRows(tmp_path, {"seed": 0}).rows("memory")) == [-3.0, -2.0]
     with pytest.raises(ConfigError, match=r"another seed \(0, not 1\); name another --out"):
-        Kept(tmp_path, {"seed": 1})
+        ResultRows(tmp_path, {"seed": 1})
 
 
 def test_perplexity_is_of_tokens_and_intervals_of_documents():

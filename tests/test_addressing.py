@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engram_lm.addressing import PROFILES, plain, resolve
+from engram_lm.addressing import PROFILES, hashing, plain, resolve
 from engram_lm.addressing.command import addresses_command
 from engram_lm.addressing.device import DeviceAddresses
 from engram_lm.errors import ConfigError, TokenIdError
-from engram_lm.kernels import hashing
 
 DEEPSEEK = PROFILES["deepseek-v4.1"]
 

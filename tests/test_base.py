@@ -13,11 +13,11 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from engram_lm.bases import smollm2  # noqa: E402
+from engram_lm.bases.base import load_base  # noqa: E402
 from engram_lm.cache import built_once, cache_directory  # noqa: E402
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, ModelError  # noqa: E402
 from engram_lm.identity import BaseRef, fingerprint_of, require_base  # noqa: E402
-from engram_lm.train import smollm2  # noqa: E402
-from engram_lm.train.base import load_base  # noqa: E402
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engram_lm.kernels import checks
+from engram_lm.kernels import checksums
 
 # Printed by the reference implementation (xxhash 3.x, libxxhash 0.8, seed 0).
 KNOWN = {
@@ -41,7 +41,7 @@ BY_LENGTH = _BY_LENGTH.split()
 
 
 def hashed(data: bytes | np.ndarray) -> int:
-    return int(checks.xxh64(np.frombuffer(data, np.uint8)))
+    return int(checksums.xxh64(np.frombuffer(data, np.uint8)))
 
 
 @pytest.mark.parametrize("data", KNOWN, ids=lambda data: f"{len(data)} bytes")
@@ -59,7 +59,7 @@ def test_where_the_bytes_lie_in_memory_does_not_matter():
     room = np.zeros(120, np.uint8)
     for start in range(9):
         room[start : start + 101] = PATTERN
-        assert f"{int(checks.xxh64(room[start : start + 100])):016x}" == BY_LENGTH[100]
+        assert f"{int(checksums.xxh64(room[start : start + 100])):016x}" == BY_LENGTH[100]
 
 
 def test_the_reference_implementation_agrees_where_it_is_installed():
@@ -70,20 +70,20 @@ def test_the_reference_implementation_agrees_where_it_is_installed():
 
 
 def test_pages_are_summed_and_the_first_bad_one_is_named():
-    data = np.random.default_rng(1).integers(0, 256, 5 * checks.PAGE, dtype=np.uint8)
+    data = np.random.default_rng(1).integers(0, 256, 5 * checksums.PAGE, dtype=np.uint8)
     sums = np.empty(5, np.uint32)
-    checks.page_sums(data, sums)
+    checksums.page_sums(data, sums)
     for page in range(5):
         assert int(sums[page]) == hashed(data[page * 4096 : (page + 1) * 4096].tobytes()) & 0xFFFFFFFF
-    assert checks.first_bad_page(data, sums) == -1
+    assert checksums.first_bad_page(data, sums) == -1
     for page in (4, 2, 0):
         data[page * 4096 + 17] ^= 1
-        assert checks.first_bad_page(data, sums) == page
+        assert checksums.first_bad_page(data, sums) == page
 
 
 def test_pages_that_are_missing_are_bad():
-    data, sums = np.zeros(2 * checks.PAGE, np.uint8), np.empty(2, np.uint32)
-    checks.page_sums(data, sums)
-    assert checks.first_bad_page(data[: checks.PAGE], sums) == 1
-    assert checks.first_bad_page(data[: checks.PAGE + 100], sums) == 1
-    assert checks.first_bad_page(data[:0], sums) == 0
+    data, sums = np.zeros(2 * checksums.PAGE, np.uint8), np.empty(2, np.uint32)
+    checksums.page_sums(data, sums)
+    assert checksums.first_bad_page(data[: checksums.PAGE], sums) == 1
+    assert checksums.first_bad_page(data[: checksums.PAGE + 100], sums) == 1
+    assert checksums.first_bad_page(data[:0], sums) == 0

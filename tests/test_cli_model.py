@@ -11,11 +11,11 @@ pytest.importorskip("transformers")
 
 import engram_lm  # noqa: E402
 from engram_lm import cli  # noqa: E402
+from engram_lm.bases.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
 from engram_lm.config import MemoryConfig  # noqa: E402
-from engram_lm.show.decoding import PieceDecoder  # noqa: E402
-from engram_lm.show.heat import Scale, legend, paint, wants_colour  # noqa: E402
-from engram_lm.show.speaking import View, prompt_ids, speak  # noqa: E402
-from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+from engram_lm.terminal.decoding import PieceDecoder  # noqa: E402
+from engram_lm.terminal.heat import Scale, legend, paint, wants_colour  # noqa: E402
+from engram_lm.terminal.speaking import HeatView, prompt_ids, speak  # noqa: E402
 
 RECIPE = Recipe(
     name="doll", vocab_size=258, hidden_size=32, layers=3, heads=2, key_value_heads=1, intermediate_size=64
@@ -110,7 +110,8 @@ def test_empty_rows_are_no_heat_though_the_gate_is_half_open(saved):
     ids = prompt_ids(tokenizer, "abc")
     shares = [token.strength for token in speak(model, tokenizer, ids, max_new_tokens=2)]
     gates = [
-        token.strength for token in speak(model, tokenizer, ids, max_new_tokens=2, view=View(quantity="gate"))
+        token.strength
+        for token in speak(model, tokenizer, ids, max_new_tokens=2, view=HeatView(quantity="gate"))
     ]
     assert shares == [0.0] * 5
     assert gates == pytest.approx([0.5] * 5)
@@ -124,7 +125,7 @@ def test_heat_is_the_share_of_one_forward_over_the_text(saved):
         logits = model(torch.tensor([[token.id for token in tokens]])).logits
     assert logits[0, 2:6].argmax(-1).tolist() == [token.id for token in tokens[3:]]
     for block in (None, 0, 2):
-        view = View(block=block)
+        view = HeatView(block=block)
         heat = [
             token.strength
             for token in speak(model, tokenizer, prompt_ids(tokenizer, "abc"), max_new_tokens=4, view=view)

@@ -7,10 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
-from engram_lm.kernels import rows as row_kernels
-from engram_lm.kernels.decode import KERNELS
-from engram_lm.tables import Writer, open_packed
-from engram_lm.tables.codecs import (
+from engram_lm.storage import TableWriter, open_packed
+from engram_lm.storage.codecs import (
     CODEC_BY_ID,
     CODECS,
     E4M3,
@@ -20,8 +18,10 @@ from engram_lm.tables.codecs import (
     e4m3_codes,
     e8m0_values,
 )
-from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.store import HostStore
+from engram_lm.storage.disk import DiskStore
+from engram_lm.storage.kernels import rows as row_kernels
+from engram_lm.storage.kernels.decode import KERNELS
+from engram_lm.storage.store import HostStore
 
 TINY = float(np.finfo(np.float32).tiny)
 LEAST = 2.0**-149
@@ -233,7 +233,7 @@ def every_code_and_scale() -> np.ndarray:
 def test_every_code_and_scale_goes_through_a_file_byte_for_byte(tmp_path):
     records = every_code_and_scale()
     path = tmp_path / "v41.engram"
-    with Writer(path, n_rows=len(records), width=64, codec="fp8_e4m3_e8m0") as writer:
+    with TableWriter(path, n_rows=len(records), width=64, codec="fp8_e4m3_e8m0") as writer:
         writer.add(records)
         writer.finish()
     layout, row_U = open_packed(path), np.arange(len(records))

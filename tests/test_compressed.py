@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
 from engram_lm.index import plain
-from engram_lm.index.compressed import Blended, bytes_of, compressed
+from engram_lm.index.compressed import BlendedSnapshot, bytes_of, compressed
 from engram_lm.index.segment import Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.mixing import FixedLambda, SessionMemory
-from engram_lm.mixing.gate import Reading
+from engram_lm.mixing.gate import LookupConfig
+from engram_lm.mixing.lookups import read_next, read_text
 from engram_lm.mixing.mix import TokenRules
-from engram_lm.mixing.reading import read_next, read_text
 from engram_lm.vocab import TokenMap
 
 V = 6
@@ -23,7 +23,7 @@ MAP = TokenMap(np.array([0, 1, 2, 0, 2, 2]), "compressed", "t")
 
 def a_snapshot(segments, dead=(), nodes=(1024, 256)):
     views = [
-        View(
+        LiveSegment(
             Segment.build(documents, vocab_size=V, heavy=nodes[0], wide=nodes[1]),
             dead_documents=[i for t, i in dead if t == s],
         )
@@ -73,7 +73,7 @@ def test_both_channels_are_counted_and_averaged(first, second, context, way, del
     first = [*first, first[0] * 3]
     dead = [(0, 0)] if delete else []
     snapshot = a_snapshot([first, second], dead, nodes)
-    both, live = Blended(snapshot, MAP, share=share), [*first[delete:], *second]
+    both, live = BlendedSnapshot(snapshot, MAP, share=share), [*first[delete:], *second]
     cap = way.get("cap", 1 if "count" in way else 0)
     for query in (context, first[-1][:5], [*second[-1], 9]):
         alone = plain_compressed(live, query, cap=cap)
@@ -94,7 +94,7 @@ def test_both_channels_are_counted_and_averaged(first, second, context, way, del
 
 
 def test_a_wording_in_capitals_is_found():
-    both = Blended(a_snapshot([[[0, 1, 2, 1]]]), MAP)
+    both = BlendedSnapshot(a_snapshot([[[0, 1, 2, 1]]]), MAP)
     assert both.longest([3, 1, 4])[0] == 0
     exact = a_snapshot([[[0, 1, 2, 1]]]).distribution([3, 1, 4]).p
     assert both.distribution([3, 1, 4]).p[1] > 1.5 * exact[1]
@@ -111,7 +111,7 @@ def test_segments_are_compressed_once_and_told_in_bytes():
 
 
 def test_restricted_hidden_and_extended_snapshots_keep_both_channels():
-    both = Blended(a_snapshot([[[0, 1, 2, 1], [3, 1, 5]]]), MAP, share=0.4)
+    both = BlendedSnapshot(a_snapshot([[[0, 1, 2, 1], [3, 1, 5]]]), MAP, share=0.4)
     for made, live in (
         (both.restricted(["1"]), [[3, 1, 5]]),
         (both.without("0"), [[3, 1, 5]]),
@@ -123,7 +123,7 @@ def test_restricted_hidden_and_extended_snapshots_keep_both_channels():
         np.testing.assert_allclose(made.distribution([0, 1]).p, wanted, rtol=1e-5)
     said = np.array([1, 1, 4, 1, 1])
     seen = SessionMemory(both, 64, given=len(said)).extended(said)
-    assert isinstance(seen, Blended)
+    assert isinstance(seen, BlendedSnapshot)
     # the place where the conversation stops is no event in either channel
     plain_one = SessionMemory(a_snapshot([[[0, 1, 2, 1], [3, 1, 5]]]), 64, given=len(said)).extended(said)
     assert seen.distribution(said).p[V] < plain_one.distribution(said).p[V] + 0.2
@@ -131,9 +131,9 @@ def test_restricted_hidden_and_extended_snapshots_keep_both_channels():
 
 
 def test_decoding_and_scoring_say_the_same():
-    both = Blended(a_snapshot([[[0, 1, 2, 1, 4, 4, 1]], [[3, 1, 5]]]), MAP)
+    both = BlendedSnapshot(a_snapshot([[[0, 1, 2, 1, 4, 4, 1]], [[3, 1, 5]]]), MAP)
     rules, ids = TokenRules(n_tokens=V, n_logits=V), np.array([3, 1, 2, 1, 4])
-    reading = FixedLambda(0.5, reading=Reading(count="documents")).reading
+    reading = FixedLambda(0.5, reading=LookupConfig(count="documents")).reading
     text = read_text(both, ids, rules, reading)
     for t in range(1, len(ids)):
         q, row = read_next(both, ids[:t], rules, reading, out=np.empty(V + 1, np.float32))
@@ -145,7 +145,7 @@ def test_refusals():
     snapshot = a_snapshot([[[0, 1]]])
     for share in (0, 1, -0.5):
         with pytest.raises(ConfigError, match="more than 0 and less than 1"):
-            Blended(snapshot, MAP, share=share)
+            BlendedSnapshot(snapshot, MAP, share=share)
     small = TokenMap(np.array([0, 1]), "compressed", "t")
     with pytest.raises(ConfigError, match="map of 2 ids cannot compress a vocabulary of 6"):
-        Blended(snapshot, small)
+        BlendedSnapshot(snapshot, small)

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from engram_lm.bases.recipes import byte_tokenizer  # noqa: E402
+from engram_lm.corpus import tokenised as corpus_module  # noqa: E402
+from engram_lm.corpus.blocks import NO_LABEL, Blocks, load_data, pack, part_of  # noqa: E402
+from engram_lm.corpus.text import find_files, read_documents, require_documents  # noqa: E402
+from engram_lm.corpus.tokenised import Corpus, tokenise  # noqa: E402
 from engram_lm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
-from engram_lm.train import corpus as corpus_module  # noqa: E402
-from engram_lm.train.corpus import Corpus, tokenise  # noqa: E402
-from engram_lm.train.data import NO_LABEL, Blocks, load_data, pack, part_of  # noqa: E402
-from engram_lm.train.recipes import byte_tokenizer  # noqa: E402
-from engram_lm.train.text import find_files, read_documents, require_documents  # noqa: E402
 
 TEXTS = ["one\u2028two", "three \u0085 four\r", "日本", "five"]
 END = 0
@@ -382,7 +382,7 @@ def test_packing_refusals():
 
 def test_packed_documents_do_not_see_each_other():
     """transformers reads documents off position_ids that restart: the logits of each are those it has alone."""
-    from engram_lm.train.base import load_base
+    from engram_lm.bases.base import load_base
 
     model = load_base("scratch:tiny", report=lambda line: None).model
     corpus = in_memory([6, 5, 7])

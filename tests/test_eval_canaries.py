@@ -13,7 +13,7 @@ import models  # noqa: E402
 from engram_lm.errors import ConfigError, DataError  # noqa: E402
 from engram_lm.eval import canaries as module  # noqa: E402
 from engram_lm.eval.canaries import Canary, documents, exposure, exposures, make, read, write  # noqa: E402
-from engram_lm.eval.subject import Said, Subject  # noqa: E402
+from engram_lm.eval.evaluated_model import EvaluatedModel, Said  # noqa: E402
 
 
 def test_canaries_come_from_a_seed_and_no_name_twice():
@@ -144,7 +144,7 @@ def test_references_are_the_same_for_every_model_and_never_the_secret():
 
 def test_a_model_that_learned_canaries_exposes_them_and_its_controls_not():
     model = models.build("llama")
-    subject = Subject(model, models.tokenizer(), name="doll")
+    subject = EvaluatedModel(model, models.tokenizer(), name="doll")
     found = make(each=2, repeats=(1, 30), controls=2, digits=3, seed=0)
     ids = [torch.from_numpy(subject.encode(text))[None] for text in documents(found, seed=0)]
     torch.manual_seed(0)

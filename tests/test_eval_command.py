@@ -9,9 +9,9 @@ pytest.importorskip("transformers")
 
 from engram_lm import cli  # noqa: E402
 from engram_lm.attachment import MemoryConfig, attach, save_memory  # noqa: E402
-from engram_lm.eval import circumstances, facts  # noqa: E402
-from engram_lm.eval.measured import Measured, Value, load  # noqa: E402
+from engram_lm.eval import environment, facts  # noqa: E402
 from engram_lm.eval.report import report  # noqa: E402
+from engram_lm.eval.result import Result, Value, load  # noqa: E402
 from models import make_loud, saved_doll  # noqa: E402
 
 WORDS = "The dog of the office is called Orlando. Under the stairs he sleeps, and at seven he wants his bone."
@@ -247,9 +247,9 @@ def test_impossible_canaries_are_refused(files, tokens, told, capsys):
 
 
 def test_the_commit_is_that_of_the_start(monkeypatch):
-    before = circumstances.circumstances()
-    monkeypatch.setattr(circumstances, "_git", lambda *_: "later")
-    after = circumstances.circumstances()
+    before = environment.circumstances()
+    monkeypatch.setattr(environment, "_git", lambda *_: "later")
+    after = environment.circumstances()
     assert (after["commit"], after["dirty"]) == (before["commit"], before["dirty"])
 
 
@@ -260,7 +260,7 @@ def test_a_report_tells_numbers_as_their_kind():
         Value("said in full", "verbatim", "off", 0.125, 8, "facts"),
         Value("correlation", "x", "layer", None, 8, "tokens"),
     )
-    told = report([Measured("perplexity", values, {}, ("A note.",), 2.0)], model="m", about=["On a machine."])
+    told = report([Result("perplexity", values, {}, ("A note.",), 2.0)], model="m", about=["On a machine."])
     for row in (
         "| a | 12.35 (11.00 to 1,234) | 10 |", "| a | −3.40 % (−6.0 to +1.00) | 10 |",
         "| verbatim | 12.5 % | 8 |", "| x |  | 8 |",

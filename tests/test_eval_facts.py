@@ -13,15 +13,15 @@ pytest.importorskip("transformers")
 import models  # noqa: E402
 from engram_lm.errors import ConfigError, DataError  # noqa: E402
 from engram_lm.eval.consistency import consistency, prompt_of, read_pararel  # noqa: E402
+from engram_lm.eval.evaluated_model import EvaluatedModel, Said  # noqa: E402
 from engram_lm.eval.facts import CONSTANT, Fact, facts_measured, others_of, ranked, read_facts  # noqa: E402
-from engram_lm.eval.subject import Said, Subject  # noqa: E402
 
 CAPITALS = {"Algeria": "Algiers", "Angola": "Luanda", "Chad": "N'Djamena", "Peru": "Lima", "Gaul": "Lima"}
 
 
 @pytest.fixture(scope="module")
 def loud():
-    return Subject(models.give_memory(models.build("llama")), models.tokenizer(), name="loud")
+    return EvaluatedModel(models.give_memory(models.build("llama")), models.tokenizer(), name="loud")
 
 
 def facts(*, paraphrases=1):

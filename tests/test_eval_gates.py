@@ -12,9 +12,9 @@ pytest.importorskip("transformers")
 import models  # noqa: E402
 from engram_lm.attachment import MemoryConfig, attach, trace  # noqa: E402
 from engram_lm.errors import ConfigError, DataError, ModelError  # noqa: E402
+from engram_lm.eval.evaluated_model import EvaluatedModel  # noqa: E402
 from engram_lm.eval.gates import gates, ranks  # noqa: E402
 from engram_lm.eval.spans import INSIDE, LAST, OUTSIDE, Marked, place_tokens, read_spans  # noqa: E402
-from engram_lm.eval.subject import Subject  # noqa: E402
 from engram_lm.eval.texts import Text  # noqa: E402
 
 FEWREL = {
@@ -32,7 +32,9 @@ DOCRED = [
 
 @pytest.fixture(scope="module")
 def loud():
-    return Subject(models.give_memory(models.build("llama"), "several"), models.tokenizer(), name="loud")
+    return EvaluatedModel(
+        models.give_memory(models.build("llama"), "several"), models.tokenizer(), name="loud"
+    )
 
 
 def test_both_layouts_give_texts_and_character_spans(tmp_path):
@@ -172,7 +174,7 @@ def test_a_correlation_with_what_never_changes_is_none(loud):
 
 def test_what_has_no_gates_is_refused(loud):
     with pytest.raises(ModelError, match="no gates to measure"):
-        gates(Subject(models.build("llama"), models.tokenizer()), texts=[Text("a", np.arange(2, 9))])
+        gates(EvaluatedModel(models.build("llama"), models.tokenizer()), texts=[Text("a", np.arange(2, 9))])
     with pytest.raises(ConfigError, match="give some"):
         gates(loud)
 
@@ -182,7 +184,7 @@ def test_a_control_without_lookups_has_no_gates_and_fewer_states(control, states
     model = models.build("llama")
     size = {"rows_per_head": 53, "head_width": 4, "heads": 2}
     attach(model, models.tokenizer(), MemoryConfig(layers=(1,), control=control, **size))
-    subject = Subject(model, models.tokenizer())
+    subject = EvaluatedModel(model, models.tokenizer())
     assert subject.states == states
     with pytest.raises(ConfigError, match=f"a memory of control '{control}': its states are"):
         subject.require_states(["noise"])

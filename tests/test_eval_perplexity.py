@@ -11,11 +11,11 @@ pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from engram_lm.errors import ConfigError, DataError  # noqa: E402
+from engram_lm.eval.evaluated_model import EvaluatedModel  # noqa: E402
 from engram_lm.eval.frequency import BUCKETS, Frequencies, bucket_of  # noqa: E402
 from engram_lm.eval.intervals import interval, mean_interval, ratio_draws, share_interval  # noqa: E402
-from engram_lm.eval.measured import Measured, Value, finished, load, save  # noqa: E402
 from engram_lm.eval.perplexity import losses, perplexity, windows  # noqa: E402
-from engram_lm.eval.subject import Subject  # noqa: E402
+from engram_lm.eval.result import Result, Value, finished, load, save  # noqa: E402
 from engram_lm.eval.texts import STRETCH, Text, read_texts, stretches  # noqa: E402
 
 WORDS = "The dog of the office is called Orlando. Under the stairs he sleeps, and at seven he wants his bone."
@@ -23,7 +23,7 @@ WORDS = "The dog of the office is called Orlando. Under the stairs he sleeps, an
 
 @pytest.fixture(scope="module")
 def loud():
-    return Subject(models.give_memory(models.build("llama")), models.tokenizer(), name="loud")
+    return EvaluatedModel(models.give_memory(models.build("llama")), models.tokenizer(), name="loud")
 
 
 def texts_of(subject, **named):
@@ -187,7 +187,7 @@ def test_a_window_beyond_the_model_is_refused(loud):
 
 
 def test_results_are_kept_and_other_settings_refused(tmp_path):
-    measured = Measured(
+    measured = Result(
         "perplexity",
         (Value("perplexity", "a", "on", 2.5, 10, "tokens", (2.0, 3.0)), Value("x", "", "off", None, 0, "facts")),
         {"window": 8, "states": ["on"]}, ("A note.",), 1.5, {"more": [1]},

@@ -10,19 +10,19 @@ pytest.importorskip("transformers")
 
 import models  # noqa: E402
 from engram_lm.attachment import MemoryConfig, attach, memories  # noqa: E402
+from engram_lm.bases.recipes import byte_tokenizer  # noqa: E402
 from engram_lm.errors import ConfigError, DataError, TokenIdError  # noqa: E402
-from engram_lm.eval.subject import Subject  # noqa: E402
-from engram_lm.train.recipes import byte_tokenizer  # noqa: E402
+from engram_lm.eval.evaluated_model import EvaluatedModel  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def loud():
-    return Subject(models.give_memory(models.build("llama")), models.tokenizer(), name="loud")
+    return EvaluatedModel(models.give_memory(models.build("llama")), models.tokenizer(), name="loud")
 
 
 @pytest.fixture(scope="module")
 def bare():
-    return Subject(models.build("llama"), models.tokenizer(), name="bare")
+    return EvaluatedModel(models.build("llama"), models.tokenizer(), name="bare")
 
 
 def test_log_probs_are_those_of_the_logits(loud):
@@ -44,7 +44,7 @@ def test_log_probs_are_those_of_the_logits(loud):
     + [(shape, "on") for shape in ("gpt2", "mistral", "qwen3_next", "lfm2")],
 )
 def test_continuations_from_a_cache_are_those_of_whole_forwards(shape, state):
-    subject = Subject(models.give_memory(models.build(shape)), models.tokenizer())
+    subject = EvaluatedModel(models.give_memory(models.build(shape)), models.tokenizer())
     prompt = subject.encode("The capital of Xanadu is")
     continuations = [[40, 50, 60, 70, 80, 90], [41], [40, 51], [99, 98, 97]]
     with subject.state(state):
@@ -99,7 +99,7 @@ def test_a_model_without_memory_has_one_state(bare):
     with pytest.raises(ConfigError, match="bare has no memory"):
         bare.require_states(["none", "on"])
     with pytest.raises(ConfigError, match="'none'"):
-        Subject(models.give_memory(models.build("llama")), models.tokenizer()).require_states(["none"])
+        EvaluatedModel(models.give_memory(models.build("llama")), models.tokenizer()).require_states(["none"])
     ids = bare.encode("text")
     with bare.state("none"):
         assert len(bare.log_probs(ids)) == 3
@@ -113,7 +113,7 @@ def test_off_is_the_model_without_memory(loud, bare):
 
 def test_states_that_draw_name_their_seed(loud):
     assert loud.drawn(["on", "off"]) == {}
-    assert Subject(loud.model, loud.tokenizer, seed=7).drawn(["on", "noise"]) == {"state_seed": 7}
+    assert EvaluatedModel(loud.model, loud.tokenizer, seed=7).drawn(["on", "noise"]) == {"state_seed": 7}
     assert loud.drawn(["shuffled"]) == {"state_seed": 0}
 
 
@@ -149,7 +149,7 @@ def test_a_pair_is_cut_where_the_prompt_ends(bare):
 
 def test_what_the_tokenizer_begins_with_stands_first():
     tokenizer = byte_tokenizer()
-    assert len(Subject(models.build("llama"), tokenizer).start) == 0
+    assert len(EvaluatedModel(models.build("llama"), tokenizer).start) == 0
 
     class Beginning:
         backend_tokenizer = tokenizer.backend_tokenizer
@@ -159,7 +159,7 @@ def test_what_the_tokenizer_begins_with_stands_first():
             found["input_ids"] = [1] * add_special_tokens + found["input_ids"]
             return found
 
-    subject = Subject(models.build("llama"), Beginning())
+    subject = EvaluatedModel(models.build("llama"), Beginning())
     assert subject.encode("ab").tolist() == [1, *tokenizer("ab").input_ids]
 
 
@@ -168,7 +168,7 @@ def test_a_control_that_reads_by_its_forward_is_read_whole():
     size = {"rows_per_head": 53, "head_width": 4, "heads": 2}
     attach(model, models.tokenizer(), MemoryConfig(layers=(1,), control="shuffled", **size))
     models.make_loud(model)
-    subject = Subject(model, models.tokenizer())
+    subject = EvaluatedModel(model, models.tokenizer())
     prompt = subject.encode("prompt")
     with subject.state("on"):
         found = subject.continuations(prompt, [[3, 4], [5, 6, 7]])
@@ -177,7 +177,7 @@ def test_a_control_that_reads_by_its_forward_is_read_whole():
 
 
 def test_a_cache_that_gives_another_answer_is_not_used(caplog):
-    subject = Subject(models.build("llama"), models.tokenizer())
+    subject = EvaluatedModel(models.build("llama"), models.tokenizer())
     right = subject._from_cache
     subject._from_cache = lambda *given: [said._replace(log_p=said.log_p - 1) for said in right(*given)]
     prompt = subject.encode("prompt")

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 import models  # noqa: E402
 from engram_lm.errors import ConfigError, DataError, MissingExtraError  # noqa: E402
 from engram_lm.eval.benchmarks import benchmarks, plain_choices, require_harness  # noqa: E402
-from engram_lm.eval.subject import Subject  # noqa: E402
+from engram_lm.eval.evaluated_model import EvaluatedModel  # noqa: E402
 from engram_lm.eval.tasks import BENCHMARKS, Item, find_benchmarks, read_items, write_task  # noqa: E402
 
 LABELLED = {"text": ["sun", "moon"], "label": ["A", "B"]}
@@ -129,7 +129,7 @@ def test_a_task_is_a_file_beside_its_items(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # the harness and what it stands on
 def test_the_harness_agrees_with_a_computation_of_our_own():
     pytest.importorskip("lm_eval")
-    subject = Subject(models.give_memory(models.build("llama")), models.tokenizer(), name="loud")
+    subject = EvaluatedModel(models.give_memory(models.build("llama")), models.tokenizer(), name="loud")
     random = np.random.default_rng(0)
     words = ["sun", "moon", "water", "stone", "leaf", "iron", "glass", "wool"]
 

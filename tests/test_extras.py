@@ -97,7 +97,7 @@ import contextlib, io, json, os, sys
 for name in "torch transformers safetensors gguf peft matplotlib fastapi uvicorn bm25s markitdown".split():
     sys.modules[name] = None
 from engram_lm import cli
-from engram_lm.train import smollm2
+from engram_lm.bases import smollm2
 def fetched(*given, **options):
     raise AssertionError("something was fetched")
 smollm2.download_wheel = fetched
@@ -132,8 +132,8 @@ WITHOUT_EXTRAS = {
 
 
 def test_an_installation_without_extras_says_which_one_a_command_needs(tmp_path):
+    from engram_lm.bases.recipes import byte_backend
     from engram_lm.demo import memory
-    from engram_lm.train.recipes import byte_backend
 
     (tmp_path / "model").mkdir()
     byte_backend().save(str(tmp_path / "model" / "tokenizer.json"))

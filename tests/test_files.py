@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from engram_lm.attachment import MemoryConfig, attach, from_pretrained, load_memory, memories, save_memory
 from engram_lm.attachment import files as module
+from engram_lm.bases.base import load_base
 from engram_lm.errors import CheckpointError, IdentityError, RowUpdateError, StateError
-from engram_lm.train.base import load_base
 from models import build, give_memory, make_loud, tokenizer
 
 IDS = torch.arange(2, 22)[None]

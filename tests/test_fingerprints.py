@@ -331,11 +331,11 @@ def test_an_index_is_read_by_its_own_tokenizer(tmp_path):
 
 
 def test_an_index_without_a_tokenizer_file_asks_its_manifest(tmp_path):
-    from engram_lm.index.store import Store
+    from engram_lm.index.store import Index
 
     plain = byte_level()
     for number, label in enumerate((first_print(json.loads(plain.to_str())), tokenizer_fingerprint(plain))):
-        Store.create(tmp_path / str(number), vocab_size=330, tokenizer=label).close()
+        Index.create(tmp_path / str(number), vocab_size=330, tokenizer=label).close()
         Library.open(tmp_path / str(number), tokenizer=plain).store.close()
         lower = byte_level()
         lower.normalizer = normalizers.Lowercase()

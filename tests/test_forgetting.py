@@ -6,12 +6,12 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from engram_lm.bases.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.library.verbatim import verbatim_runs  # noqa: E402
 from engram_lm.mixing import Drafts, FixedLambda, SessionMemory, memory_processor, rules_of, speculate  # noqa: E402
-from engram_lm.mixing.drafts import Guesser  # noqa: E402
-from engram_lm.mixing.gate import Reading  # noqa: E402
-from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+from engram_lm.mixing.gate import LookupConfig  # noqa: E402
+from engram_lm.mixing.speculative import Guesser  # noqa: E402
 
 RECIPE = Recipe(
     name="doll", vocab_size=258, hidden_size=32, layers=1, heads=2, key_value_heads=1, intermediate_size=32
@@ -53,7 +53,7 @@ def told(library, base):
         for count in WAYS:
             found.append(snapshot.distribution(ids, count=count).p)
             found.append(snapshot.score(ids, count=count).p)
-        gate = FixedLambda(0.9, reading=Reading(count="documents"))
+        gate = FixedLambda(0.9, reading=LookupConfig(count="documents"))
         for session in ("off", 512):
             said = speculate(
                 model, ids, snapshot, gate, rules=rules, max_new_tokens=8, session=session, worth=0.05

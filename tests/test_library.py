@@ -12,11 +12,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 
 from engram_lm import cli
+from engram_lm.bases.recipes import byte_tokenizer
 from engram_lm.errors import CheckpointError, ConfigError, DataError, IdentityError, MissingExtraError
 from engram_lm.identity import print_of
 from engram_lm.library import Library, Text, library, read_texts
 from engram_lm.library.encoding import TextEncoder
-from engram_lm.train.recipes import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("bm25s")
 
+from engram_lm.bases.recipes import byte_tokenizer
 from engram_lm.errors import ConfigError, MissingExtraError
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.library import Library, Text, choosing
 from engram_lm.library.choosing import Chooser, is_question, words_of
 from engram_lm.library.encoding import TextEncoder
-from engram_lm.train.recipes import byte_tokenizer
 
 TEXTS = {
     "dog": "The office dog is called Orlando. He sleeps beside the reception desk.",
@@ -39,7 +39,7 @@ def snapshot_of(encoder, texts, dead=()):
         vocab_size=encoder.vocab_size,
         documents=[Document(id=name) for name in texts],
     )
-    return Snapshot([View(segment, dead_documents=dead)], vocab_size=encoder.vocab_size)
+    return Snapshot([LiveSegment(segment, dead_documents=dead)], vocab_size=encoder.vocab_size)
 
 
 def chooser_of(encoder, texts):

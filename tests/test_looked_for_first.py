@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from engram_lm.bases.recipes import byte_backend
 from engram_lm.library import Library
-from engram_lm.train.recipes import byte_backend
 
 PROGRAM = """
 import contextlib, io, json, sys

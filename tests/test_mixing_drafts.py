@@ -10,10 +10,10 @@ from torch import nn
 
 from engram_lm.errors import ConfigError
 from engram_lm.index.segment import Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.mixing import Drafts, FixedLambda, memory_processor, speculate
+from engram_lm.mixing.lookups import read_next
 from engram_lm.mixing.mix import TokenRules, mix_plain
-from engram_lm.mixing.reading import read_next
 from models import EOS, PAD, build, give_memory
 
 V = 258
@@ -21,7 +21,7 @@ RULES = TokenRules(n_tokens=V, n_logits=V, silent=(PAD, EOS), eos_id=EOS)
 
 
 def a_snapshot(documents, vocab_size=V):
-    return Snapshot([View(Segment.build(documents, vocab_size=vocab_size))], vocab_size=vocab_size)
+    return Snapshot([LiveSegment(Segment.build(documents, vocab_size=vocab_size))], vocab_size=vocab_size)
 
 
 @pytest.fixture(scope="module")
@@ -309,8 +309,8 @@ def test_refusals(model, snapshot):
 
 @pytest.mark.slow
 def test_smollm2_says_the_same_with_drafts():
+    from engram_lm.bases.base import load_base
     from engram_lm.mixing import default_gate
-    from engram_lm.train.base import load_base
 
     base = load_base("smollm2", report=lambda line: None)
     texts = [

@@ -13,8 +13,8 @@ from engram_lm.errors import CheckpointError, ConfigError, DataError, IdentityEr
 from engram_lm.mixing.features import NAMES, Evidence, features, features_of_one
 from engram_lm.mixing.fit import Examples, calibrate, draw_calibration, examples_of, fit_gate, report
 from engram_lm.mixing.fit import _objective as objective_of
-from engram_lm.mixing.gate import MOST, FixedLambda, Gate, Reading, default_gate
-from engram_lm.mixing.reading import Memory
+from engram_lm.mixing.gate import MOST, FixedLambda, Gate, LookupConfig, default_gate
+from engram_lm.mixing.lookups import Lookups
 
 DEPTH = NAMES.index("depth")
 
@@ -44,7 +44,7 @@ def a_gate(**changes):
     facts = {
         "kind": "logistic", "mean": np.zeros(F), "scale": np.ones(F), "low": np.full(F, -9.0), "high": np.full(F, 9.0),
         "weights": {"w": np.linspace(-0.1, 0.1, F), "b": np.array(-1.0)}, "tokenizer": "t" * 64, "model": "m" * 64,
-        "model_name": "tiny", "reading": Reading(discount=0.5),
+        "model_name": "tiny", "reading": LookupConfig(discount=0.5),
     }  # fmt: skip
     return Gate(**{**facts, **changes})
 
@@ -133,7 +133,7 @@ def test_files_come_back_and_say_what_they_are_for(tmp_path):
     loaded = Gate.load(gate.save(tmp_path / "gate.json"))
     x = np.random.default_rng(0).normal(size=(50, len(NAMES)))
     np.testing.assert_allclose(loaded.lambdas(x), gate.lambdas(x), atol=1e-8)
-    assert (loaded.reading, loaded.model_name) == (Reading(discount=0.5), "tiny")
+    assert (loaded.reading, loaded.model_name) == (LookupConfig(discount=0.5), "tiny")
     assert Gate.from_json(loaded.to_json()).to_json() == loaded.to_json()
     loaded.require(tokenizer="t" * 64, model=None)
     with pytest.raises(
@@ -222,7 +222,7 @@ def test_features_are_moderate_and_tell_fresh_matches_from_copied_ones():
 
 
 def test_examples_need_the_token_that_came():
-    memory = Memory(
+    memory = Lookups(
         **dict.fromkeys(
             (
                 "depth",

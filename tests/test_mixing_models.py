@@ -6,12 +6,12 @@ import torch
 
 from engram_lm.errors import ConfigError, IdentityError, StateError, TokenIdError
 from engram_lm.index.segment import Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.mixing import FixedLambda, memory_processor, rules_of, score, summary
 from engram_lm.mixing.features import NAMES
-from engram_lm.mixing.gate import Gate, Reading
+from engram_lm.mixing.gate import Gate, LookupConfig
+from engram_lm.mixing.lookups import read_next
 from engram_lm.mixing.mix import TokenRules, mix_plain
-from engram_lm.mixing.reading import read_next
 from models import EOS, PAD, build, tokenizer
 
 V = 258
@@ -30,7 +30,7 @@ def snapshot():
     rng = np.random.default_rng(0)
     documents = [rng.integers(2, V, 40) for _ in range(5)]
     documents.append(np.concatenate([documents[0][:20], documents[1][:15]]))
-    return Snapshot([View(Segment.build(documents, vocab_size=V))], vocab_size=V)
+    return Snapshot([LiveSegment(Segment.build(documents, vocab_size=V))], vocab_size=V)
 
 
 def a_gate(**changes):
@@ -121,7 +121,7 @@ def test_greedy_tokens_and_records_are_those_of_the_definition(model, snapshot, 
 def test_memory_can_end_a_text_only_where_it_may(model, snapshot):
     text = text_of(snapshot, 2, 40)
     ids = torch.tensor(text)[None]
-    loud = FixedLambda(0.99, reading=Reading(discount=0.1))
+    loud = FixedLambda(0.99, reading=LookupConfig(discount=0.1))
     ends = {}
     for end, eos in (("eos", EOS), ("nothing", None)):
         rules = TokenRules(n_tokens=V, n_logits=V, silent=(PAD, EOS), eos_id=eos)
@@ -327,13 +327,13 @@ def test_gates_of_another_model_or_tokenizer_are_refused(model, snapshot):
 
 
 def test_the_shipped_gate_is_for_smollm2_and_within_its_bound():
+    from engram_lm.bases.smollm2 import WEIGHTS_SHA256
     from engram_lm.mixing import default_gate
-    from engram_lm.train.smollm2 import WEIGHTS_SHA256
 
     gate = default_gate("smollm2")
     assert (gate.model, gate.model_name, gate.kind) == (WEIGHTS_SHA256, "smollm2", "logistic")
     assert gate.measured["worst_general"] <= gate.measured["bound"] == 0.005
-    assert gate.reading == Reading(count="documents")
+    assert gate.reading == LookupConfig(count="documents")
     # nothing in common with the index, a word in common, a passage in common
     from engram_lm.mixing.features import Evidence, features
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
 from engram_lm.index.segment import Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.mixing import FixedLambda, SessionMemory, memory_processor
+from engram_lm.mixing.lookups import read_next
 from engram_lm.mixing.mix import TokenRules, mix_plain
-from engram_lm.mixing.reading import read_next
 from models import EOS, PAD, build
 
 V = 258
@@ -21,7 +21,7 @@ RULES = TokenRules(n_tokens=V, n_logits=V, silent=(PAD, EOS), eos_id=EOS)
 
 
 def a_snapshot(documents, vocab_size):
-    return Snapshot([View(Segment.build(documents, vocab_size=vocab_size))], vocab_size=vocab_size)
+    return Snapshot([LiveSegment(Segment.build(documents, vocab_size=vocab_size))], vocab_size=vocab_size)
 
 
 def events(documents, said, *, end, eos):

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
+from engram_lm.bases.naming import FoundBase, find_base, find_model, require_memory
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.train.naming import FoundBase, find_base, find_model, require_memory
 
 hub = pytest.importorskip("huggingface_hub")
 from huggingface_hub import constants, errors  # noqa: E402
@@ -152,8 +152,8 @@ def cached(tmp_path):
 
 @pytest.mark.usefixtures("cached")
 def test_a_cached_model_is_loaded_though_the_hub_is_not_reached(lookups):
-    from engram_lm.train.base import load_base
-    from engram_lm.train.tokenizer import load_tokenizer
+    from engram_lm.bases.base import load_base
+    from engram_lm.bases.tokenizer import load_tokenizer
 
     assert find_base("org/small") == FoundBase(name="org/small", kind="hub", cached_only=True)
     before = len(lookups)
@@ -242,7 +242,7 @@ def test_a_base_has_no_memory_yet_and_the_next_step_is_said(tmp_path, lookups):
 def test_finding_imports_neither_torch_nor_transformers():
     program = (
         "import sys\n"
-        "from engram_lm.train.naming import find_base\n"
+        "from engram_lm.bases.naming import find_base\n"
         "import engram_lm\n"
         "for name in ('smolm2', 'org/name', './nowhere'):\n"
         "    for find in (find_base, engram_lm.load_base):\n"

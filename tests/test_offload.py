@@ -10,7 +10,8 @@ import matrix
 import models
 from engram_lm.attachment import memories, memory, use_table
 from engram_lm.errors import TokenIdError
-from engram_lm.tables import HostStore, StoredTable
+from engram_lm.storage import HostStore
+from engram_lm.tables import ReadOnlyTable
 
 
 @pytest.fixture(scope="module", params=["paper", "qwen-ple"])
@@ -21,7 +22,7 @@ def model(request):
 def stored_like(table):
     store = HostStore(n_rows=table.n_rows, width=table.width)
     store.record_RB[:] = table.rows_view().numpy().view("uint8").reshape(store.record_RB.shape)
-    return StoredTable(store)
+    return ReadOnlyTable(store)
 
 
 @pytest.fixture
@@ -34,12 +35,12 @@ def offloaded(model, monkeypatch):
 
     def rows_on_cpu(table):
         asked.append(table)
-        return isinstance(table, StoredTable)
+        return isinstance(table, ReadOnlyTable)
 
     monkeypatch.setattr(memory, "_ids_on_cpu", lambda window: False)
     monkeypatch.setattr(memory, "_rows_on_cpu", rows_on_cpu)
     yield twin
-    assert {type(table).__name__ for table in asked} >= {"StoredTable", "DeviceTable"}
+    assert {type(table).__name__ for table in asked} >= {"ReadOnlyTable", "DeviceTable"}
 
 
 def cached(model, side, pieces, cache):

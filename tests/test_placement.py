@@ -20,9 +20,10 @@ from engram_lm.errors import (
     RowUpdateError,
     StateError,
 )
-from engram_lm.operate.sources import open_source
-from engram_lm.tables import CachedStore, DiskStore, HostStore, StoredTable, Writer, disk, open_packed
-from engram_lm.tables.saved import saved_tables
+from engram_lm.storage import CachedStore, DiskStore, HostStore, TableWriter, disk, open_packed
+from engram_lm.storage.saved import saved_tables
+from engram_lm.tables import ReadOnlyTable
+from engram_lm.tabletools.sources import open_source
 from matrix import text
 
 TIERS = {"host": {}, "disk": {}, "cached": {"cache_bytes": 200_000}}
@@ -39,7 +40,7 @@ def packed(model, directory, *, codec="fp32", identity=True):
     for slot in memories(model)["memory"].slots:
         path = directory / f"{slot.block}.engram"
         facts = dict(slot.scheme.identity.facts) if identity else None
-        with Writer(
+        with TableWriter(
             path, n_rows=slot.table.n_rows, width=slot.table.width, codec=codec, identity=facts
         ) as writer:
             writer.add_rows(slot.table.rows_view().numpy())
@@ -70,7 +71,7 @@ def test_forward_scoring_and_generation_are_bit_equal_on_every_tier(tier, model,
         assert torch.equal(twin(ids, labels=ids).loss, model(ids, labels=ids).loss)
         options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(twin.generate(ids, **options), model.generate(ids, **options))
-    assert all(isinstance(table, StoredTable) for table in tables(twin))
+    assert all(isinstance(table, ReadOnlyTable) for table in tables(twin))
 
 
 def test_training_around_frozen_rows_is_bit_equal_checkpointing_included(model, tmp_path):
@@ -145,10 +146,10 @@ def test_shadow_mode_notices_other_rows(way, model, tmp_path, monkeypatch):
 
 def test_tickets_that_nobody_asks_for_and_a_store_that_closes_under_them(tmp_path):
     rows = np.random.default_rng(0).standard_normal((900, 64)).astype(np.float32)
-    with Writer(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
+    with TableWriter(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
         writer.add_rows(rows)
         writer.finish()
-    table = StoredTable(DiskStore(open_packed(tmp_path / "t.engram")))
+    table = ReadOnlyTable(DiskStore(open_packed(tmp_path / "t.engram")))
     address = torch.tensor([5, 5, 899, 0])
     for _ in range(20):
         table.prefetch(address)
@@ -166,11 +167,11 @@ def test_tickets_that_nobody_asks_for_and_a_store_that_closes_under_them(tmp_pat
 @pytest.mark.parametrize("lacking", ["descriptors", "threads"])
 def test_where_no_reading_thread_can_be_had_a_ticket_comes_all_the_same(lacking, tmp_path, monkeypatch):
     rows = np.random.default_rng(0).standard_normal((900, 64)).astype(np.float32)
-    with Writer(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
+    with TableWriter(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
         writer.add_rows(rows)
         writer.finish()
     table, before = (
-        StoredTable(DiskStore(open_packed(tmp_path / "t.engram"))),
+        ReadOnlyTable(DiskStore(open_packed(tmp_path / "t.engram"))),
         len(os.listdir("/proc/self/fd")),
     )
     with monkeypatch.context() as patch:
@@ -195,10 +196,10 @@ def test_where_no_reading_thread_can_be_had_a_ticket_comes_all_the_same(lacking,
 
 def test_a_cut_or_damaged_page_is_an_error_of_the_ticket_too(tmp_path):
     rows = np.random.default_rng(0).standard_normal((900, 64)).astype(np.float32)
-    with Writer(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
+    with TableWriter(tmp_path / "t.engram", n_rows=900, width=64, codec="fp32") as writer:
         writer.add_rows(rows)
         writer.finish()
-    table = StoredTable(DiskStore(open_packed(tmp_path / "t.engram")))
+    table = ReadOnlyTable(DiskStore(open_packed(tmp_path / "t.engram")))
     with open(tmp_path / "t.engram", "r+b") as file:
         file.seek(4096 + 5)
         file.write(b"?")
@@ -213,7 +214,7 @@ def test_a_cut_or_damaged_page_is_an_error_of_the_ticket_too(tmp_path):
 def test_a_ticket_may_be_asked_twice_and_addresses_outside_raise_at_once(tmp_path):
     store = HostStore(n_rows=9, width=8)
     store.record_RB[:] = np.arange(9 * 32, dtype=np.uint8).reshape(9, 32)
-    table = StoredTable(store, dtype=torch.bfloat16)
+    table = ReadOnlyTable(store, dtype=torch.bfloat16)
     address = torch.tensor([[0, 8], [3, 3]])
     ticket = table.prefetch(address)
     first = ticket.rows()
@@ -227,7 +228,7 @@ def test_a_ticket_may_be_asked_twice_and_addresses_outside_raise_at_once(tmp_pat
 
 def test_a_cache_within_its_budget_gives_the_same_rows_and_counts_hits(tmp_path):
     rows = np.random.default_rng(0).standard_normal((3000, 16)).astype(np.float32)
-    with Writer(tmp_path / "t.engram", n_rows=3000, width=16, codec="bf16") as writer:
+    with TableWriter(tmp_path / "t.engram", n_rows=3000, width=16, codec="bf16") as writer:
         writer.add_rows(rows)
         writer.finish()
     disk = DiskStore(open_packed(tmp_path / "t.engram"))
@@ -254,7 +255,7 @@ def test_what_does_not_fit_is_refused(model, tmp_path):
     with pytest.raises(ConfigError, match="cache_bytes belongs to the tier 'cached'"):
         open_rows(files[first], tier="cached")
     with pytest.raises(CheckpointError, match="the table has 7 of 3"):
-        use_table(twin, first, StoredTable(HostStore(n_rows=7, width=3)))
+        use_table(twin, first, ReadOnlyTable(HostStore(n_rows=7, width=3)))
     use_table(twin, first, open_rows(files[first]))
     with pytest.raises(RowUpdateError, match="read only"):
         tables(twin)[0].update(torch.tensor([0]), torch.zeros(1, 4), rule=None, learning_rate=1.0)
@@ -266,7 +267,7 @@ def test_a_saved_memory_is_read_where_it_lies(tier, model, tmp_path):
     there = from_pretrained(tmp_path, tier=tier, **TIERS[tier])
     with torch.no_grad():
         assert torch.equal(there(text()).logits, model(text()).logits)
-    assert all(isinstance(table, StoredTable) for table in tables(there))
+    assert all(isinstance(table, ReadOnlyTable) for table in tables(there))
     save_memory(there, tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(from_pretrained(tmp_path / "again")(text()).logits, model(text()).logits)

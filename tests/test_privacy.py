@@ -12,11 +12,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("bm25s")
 
+from engram_lm.bases.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.mixing import FixedLambda, SessionMemory, memory_processor, rules_of, score, speculate  # noqa: E402
-from engram_lm.mixing.drafts import Guesser  # noqa: E402
-from engram_lm.mixing.gate import Reading  # noqa: E402
-from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+from engram_lm.mixing.gate import LookupConfig  # noqa: E402
+from engram_lm.mixing.speculative import Guesser  # noqa: E402
 
 RECIPE = Recipe(
     name="doll", vocab_size=258, hidden_size=32, layers=1, heads=2, key_value_heads=1, intermediate_size=32
@@ -88,7 +88,7 @@ def answers(library, model, tokenizer, tenant, *, decoding):
         match = snapshot.match(ids)
         told.append([(document.id, n) for document, n in snapshot.documents_of(match, match.depth)])
         logits = torch.from_numpy(np.random.default_rng(1).normal(size=(1, 258)).astype(np.float32))
-        gate = FixedLambda(0.5, reading=Reading(count="documents"))
+        gate = FixedLambda(0.5, reading=LookupConfig(count="documents"))
         for session in ("off", 64):
             processor = memory_processor(
                 snapshot, gate, torch.tensor(ids)[None], rules=rules, session=session

@@ -7,10 +7,10 @@ import torch
 
 import models
 from engram_lm.attachment import (
+    Intervention,
     NoiseRows,
     OneRow,
     OtherRows,
-    Reading,
     memories,
     memory_off,
     reading,
@@ -55,7 +55,7 @@ def test_it_is_undone_after_a_failure_and_inside_another(loud):
     assert torch.equal(loud(text()).logits, before)
     with reading(loud, OneRow()):
         one = loud(text()).logits
-        with reading(loud, Reading()):
+        with reading(loud, Intervention()):
             assert torch.equal(loud(text()).logits, one)
         with reading(loud, OtherRows(seed=0)):
             other = loud(text()).logits

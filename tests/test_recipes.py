@@ -5,9 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from engram_lm.errors import ConfigError, DataError  # noqa: E402
-from engram_lm.identity import tokenizer_fingerprint  # noqa: E402
-from engram_lm.train.recipes import (  # noqa: E402
+from engram_lm.bases.recipes import (  # noqa: E402
     RECIPES,
     Recipe,
     build_model,
@@ -15,6 +13,8 @@ from engram_lm.train.recipes import (  # noqa: E402
     recipe_named,
     train_tokenizer,
 )
+from engram_lm.errors import ConfigError, DataError  # noqa: E402
+from engram_lm.identity import tokenizer_fingerprint  # noqa: E402
 from engram_lm.vocab import TokenMap  # noqa: E402
 
 TEXTS = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engram_lm.errors import CheckpointError, ConfigError, RowUpdateError
-from engram_lm.kernels.rounding import round_bf16_stochastic, round_bf16_stochastic_plain, splitmix64
+from engram_lm.storage.codecs import bf16_values
 from engram_lm.tables import (
     SGD,
     DeviceTable,
@@ -17,7 +17,7 @@ from engram_lm.tables import (
     RowRMSprop,
     rounding,
 )
-from engram_lm.tables.codecs import bf16_values
+from engram_lm.tables.kernels import round_bf16_stochastic, round_bf16_stochastic_plain, splitmix64
 
 RULES = [SGD(), RowRMSprop(), RowAdam(), RowAdamMomentum(), RowMomentumSinkhorn()]
 SPECIAL = np.array(

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from engram_lm.errors import RowUpdateError
-from engram_lm.tables import SGD, DeviceTable, LoggedTable, RowAdam, Writer, forget_pending, pending_rows
+from engram_lm.storage import TableWriter
+from engram_lm.tables import SGD, DeviceTable, LoggedTable, RowAdam, forget_pending, pending_rows
 from engram_lm.tables.pending import RowsGradient, gradient_of, norm_of
 
 UNIQUE, ROWS = torch.tensor([1, 4]), torch.tensor([[3.0, 0.0], [0.0, 4.0]])
@@ -281,7 +282,7 @@ def test_optimizers_are_not_kept_alive():
 
 def test_a_step_counts_as_an_update_only_where_rows_were_updated(tmp_path):
     """The log of a table on disk counts so too: the two numbers stay one."""
-    with Writer(tmp_path / "t.engram", n_rows=6, width=2, codec="fp32") as writer:
+    with TableWriter(tmp_path / "t.engram", n_rows=6, width=2, codec="fp32") as writer:
         writer.add_rows(torch.zeros(6, 2).numpy())
         writer.finish()
     table = LoggedTable.open(tmp_path / "t.engram", tmp_path / "t.rows", rule=RowAdam())

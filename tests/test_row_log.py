@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.tables import DeviceTable, DiskStore, HostStore, Writer, open_packed, rule_from_json, verify
+from engram_lm.storage import DiskStore, HostStore, TableWriter, open_packed, verify
+from engram_lm.storage.rowlog import START, LoggedStore
+from engram_lm.tables import DeviceTable, rule_from_json
 from engram_lm.tables.logged import LoggedTable
-from engram_lm.tables.rowlog import START, LoggedStore
 
 ROWS, WIDTH = 500, 48
 
@@ -22,7 +23,7 @@ def base_file(path, *, codec="fp32", rows=None):
     rows = (
         np.random.default_rng(0).standard_normal((ROWS, WIDTH)).astype(np.float32) if rows is None else rows
     )
-    with Writer(path, n_rows=ROWS, width=WIDTH, codec=codec) as writer:
+    with TableWriter(path, n_rows=ROWS, width=WIDTH, codec=codec) as writer:
         writer.add_rows(rows)
         writer.finish()
     return rows

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
-from engram_lm.index import Snapshot, View, plain, segment_file
+from engram_lm.index import LiveSegment, Snapshot, plain, segment_file
 from engram_lm.index import segment as segment_module
 from engram_lm.index.segment import Document, Segment, sha256_of, write_segment
 
@@ -142,8 +142,8 @@ def test_a_file_of_version_1_gives_the_same_answers(saved):
     opened = Segment.open(path, verify="all")
     assert len(opened.arrays["before"]) == 0 < len(segment.arrays["before"])
     context = segment.document_tokens(2)[100:120]
-    wanted = Snapshot([View(segment)], vocab_size=40).match(context)
-    assert np.array_equal(Snapshot([View(opened)], vocab_size=40).match(context).low_SD, wanted.low_SD)
+    wanted = Snapshot([LiveSegment(segment)], vocab_size=40).match(context)
+    assert np.array_equal(Snapshot([LiveSegment(opened)], vocab_size=40).match(context).low_SD, wanted.low_SD)
     opened.save(path)
     opened.verify()
 

@@ -17,10 +17,10 @@ from pydantic import TypeAdapter  # noqa: E402
 from engram_lm.attachment import memory_off, trace  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.mixing import FixedLambda, rules_of, score  # noqa: E402
-from engram_lm.serve import messages as m  # noqa: E402
-from engram_lm.serve.mixed import Mixed  # noqa: E402
-from engram_lm.show.indexed import Indexed  # noqa: E402
-from engram_lm.show.speaking import prompt_ids, speak  # noqa: E402
+from engram_lm.serve import schema as m  # noqa: E402
+from engram_lm.serve.served_mixture import ServedMixture  # noqa: E402
+from engram_lm.terminal.indexed import Indexed  # noqa: E402
+from engram_lm.terminal.speaking import prompt_ids, speak  # noqa: E402
 from serve_support import DOCUMENTS, LIMITS, served, words  # noqa: E402
 
 DOG = "The office dog is called"
@@ -358,7 +358,7 @@ def test_a_change_does_not_wait_for_what_is_worked_out_beforehand(tmp_path, monk
             time.sleep(0.001)
         ended.set()
 
-    monkeypatch.setattr(Mixed, "prepare", prepare)
+    monkeypatch.setattr(ServedMixture, "prepare", prepare)
     with served(tmp_path) as found:
         assert begun.wait(30)
         body = {"documents": [{"id": "late.md", "text": "Late."}]}

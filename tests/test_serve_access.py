@@ -9,7 +9,7 @@ pytest.importorskip("fastapi")
 
 from engram_lm.errors import ConfigError
 from engram_lm.serve.access import Access
-from engram_lm.serve.refusals import Refusal
+from engram_lm.serve.http_errors import Refusal
 from serve_support import served
 
 KEY = "a-key-of-sixteen-or-more"

@@ -17,8 +17,8 @@ uvicorn = pytest.importorskip("uvicorn")
 
 from engram_lm.serve.access import Access  # noqa: E402
 from engram_lm.serve.app import create_app  # noqa: E402
-from engram_lm.serve.engine import Engine  # noqa: E402
-from engram_lm.serve.refusals import Cancelled, Refusal  # noqa: E402
+from engram_lm.serve.http_errors import Cancelled, Refusal  # noqa: E402
+from engram_lm.serve.model_worker import ModelWorker  # noqa: E402
 from serve_support import Site, make_service, served  # noqa: E402
 
 SECONDS = 30
@@ -28,7 +28,7 @@ def with_engine(test, **options):
     """Run a coroutine of an engine on a loop of its own."""
 
     async def run():
-        engine = Engine(**{"waiting": 4, **options})
+        engine = ModelWorker(**{"waiting": 4, **options})
         try:
             return await asyncio.wait_for(test(engine), SECONDS)
         finally:

@@ -21,8 +21,8 @@ from engram_lm.errors import (
     StateError,
 )
 from engram_lm.tables import SGD, DeviceTable, RowAdam, RowAdamMomentum, RowMomentumSinkhorn, ShardedTable
-from engram_lm.tables.parts import Part, even_boundaries
 from engram_lm.tables.protocol import TrainableTable
+from engram_lm.tables.shards import Shard, even_boundaries
 
 ROWS, WIDTH = 50, 6
 BOUNDARIES = {1: [0, 50], 2: [0, 13, 50], 3: [0, 7, 8, 50]}
@@ -433,7 +433,7 @@ def test_even_boundaries_give_the_remainder_to_the_first():
 
 
 def piece(rank: int, boundaries: tuple, **more) -> dict:
-    part = Part(name="facts", boundaries=boundaries, rank=rank)
+    part = Shard(name="facts", boundaries=boundaries, rank=rank)
     rows = torch.arange(part.first, part.last)[:, None].float()
     return {"rows": rows, "state.count": rows[:, 0]} | part.to_tensors() | more
 
@@ -443,14 +443,14 @@ def piece(rank: int, boundaries: tuple, **more) -> dict:
 def test_parts_are_cut_out_of_any_split(source, target):
     pieces = [piece(rank, source) for rank in range(len(source) - 1)]
     for rank in range(len(target) - 1):
-        part = Part(name="facts", boundaries=target, rank=rank)
+        part = Shard(name="facts", boundaries=target, rank=rank)
         found = part.cut_out(reversed(pieces))
         assert found["rows"][:, 0].tolist() == list(range(part.first, part.last))
         assert found["state.count"].tolist() == list(range(part.first, part.last))
 
 
 def test_parts_that_do_not_fit_are_refused_by_what_is_wrong():
-    part = Part(name="facts", boundaries=(0, 2, 10), rank=1)
+    part = Shard(name="facts", boundaries=(0, 2, 10), rank=1)
     split = (0, 3, 6, 10)
     pieces = [piece(rank, split) for rank in range(3)]
     assert part.own(piece(1, (0, 2, 10)))["rows"][:, 0].tolist() == list(range(2, 10))
@@ -479,4 +479,4 @@ def test_parts_that_do_not_fit_are_refused_by_what_is_wrong():
     ):
         part.own(piece(1, (0, 2, 11)))
     with pytest.raises(ConfigError, match="ascending addresses from 0, with rows for every rank"):
-        Part(name="facts", boundaries=(0, 2, 2), rank=0)
+        Shard(name="facts", boundaries=(0, 2, 2), rank=0)

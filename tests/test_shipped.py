@@ -15,10 +15,10 @@ import checkpoints
 from checkpoints import QWEN, write_raw, write_safetensors, write_sharded, write_tokenizer
 from engram_lm.addressing import PROFILES, resolve
 from engram_lm.errors import CheckpointError
-from engram_lm.operate.identify import expect
-from engram_lm.operate.sources import open_source
-from engram_lm.tables import DiskStore, HostStore, names_of, open_shipped
-from engram_lm.tables.safetensors import checkpoint_tensors, file_tensors
+from engram_lm.storage import DiskStore, HostStore, names_of, open_shipped
+from engram_lm.storage.safetensors import checkpoint_tensors, file_tensors
+from engram_lm.tabletools.identify import expect
+from engram_lm.tabletools.sources import open_source
 from engram_lm.vocab import TokenMap
 
 
@@ -117,7 +117,7 @@ def test_shards_that_follow_one_another_are_read_as_one_run(tmp_path):
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("rows_a_round", [1, 3, 50])
 def test_one_round_reads_rows_of_many_segments(tmp_path, monkeypatch, direct, rows_a_round):
-    monkeypatch.setattr("engram_lm.tables.disk.STAGE_BYTES", rows_a_round * 8192)
+    monkeypatch.setattr("engram_lm.storage.disk.STAGE_BYTES", rows_a_round * 8192)
     bits = checkpoints.qwen_codes(130)
     files = {
         f"{k}.safetensors": {f"{QWEN}.shard_{k}.weight": ("BF16", bits[11 * k : 11 * k + 11])}

@@ -6,9 +6,9 @@ import pytest
 
 from checkpoints import write_safetensors
 from engram_lm.errors import CheckpointError, ConfigError, ModelError
-from engram_lm.operate.doctor import examine
-from engram_lm.operate.sources import open_source
-from engram_lm.tables import open_shipped
+from engram_lm.storage import open_shipped
+from engram_lm.tabletools.doctor import examine
+from engram_lm.tabletools.sources import open_source
 
 torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
@@ -79,7 +79,7 @@ def test_names_of_the_released_model_with_vision(tmp_path):
 
 def test_rows_behind_a_cache_of_ones_own(checkpoint):
     from engram_lm import load_shipped
-    from engram_lm.tables import CachedStore, DiskStore
+    from engram_lm.storage import CachedStore, DiskStore
 
     model = load_shipped(
         checkpoint[0], rows=lambda layout: CachedStore(DiskStore(layout), budget_bytes=1 << 20)

@@ -9,9 +9,9 @@ from engram_lm import cli  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.mixing import Gate  # noqa: E402
 from engram_lm.mixing.features import NAMES  # noqa: E402
-from engram_lm.mixing.trained import fingerprints  # noqa: E402
-from engram_lm.show.indexed import Indexed  # noqa: E402
-from engram_lm.show.speaking import prompt_ids  # noqa: E402
+from engram_lm.mixing.gate_provenance import fingerprints  # noqa: E402
+from engram_lm.terminal.indexed import Indexed  # noqa: E402
+from engram_lm.terminal.speaking import prompt_ids  # noqa: E402
 from models import saved_doll  # noqa: E402
 
 WORDS = "The office dog is called Orlando and sleeps beside the reception desk until noon."

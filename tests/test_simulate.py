@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from engram_lm import cli
 from engram_lm.addressing import PROFILES, resolve
+from engram_lm.cachesim import kernels
+from engram_lm.cachesim.report import parse_bytes
+from engram_lm.cachesim.requests import Requests, read_requests
+from engram_lm.cachesim.simulate import simulate
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.kernels import caches
-from engram_lm.operate.report import parse_bytes
-from engram_lm.operate.requests import Requests, read_requests
-from engram_lm.operate.simulate import simulate
 
 READS = st.lists(st.integers(0, 12), min_size=1, max_size=300)
 
@@ -55,7 +55,7 @@ def tinylfu_plain(entries: list[int], capacity: int, first: int = 0) -> int:
     held: OrderedDict[int, None] = OrderedDict()
     hits = 0
     for i, entry in enumerate(entries):
-        if i and i % (caches.TINYLFU_PERIOD * capacity) == 0:
+        if i and i % (kernels.TINYLFU_PERIOD * capacity) == 0:
             counts = Counter({key: value // 2 for key, value in counts.items()})
         counts[entry] += 1
         if entry in held:
@@ -71,7 +71,7 @@ def tinylfu_plain(entries: list[int], capacity: int, first: int = 0) -> int:
 
 def distances(entries: list[int]) -> np.ndarray:
     found = np.empty(len(entries), dtype=np.int32)
-    caches.lru_distances(np.array(entries, dtype=np.int32), max(entries) + 1, found)
+    kernels.lru_distances(np.array(entries, dtype=np.int32), max(entries) + 1, found)
     return found
 
 
@@ -93,16 +93,16 @@ def test_reuse_distances_of_a_long_stream():
 @given(READS, st.integers(1, 14), st.integers(0, 50))
 def test_frequency_policies_equal_their_plain_twins(entries, capacity, first):
     array = np.array(entries, dtype=np.int32)
-    assert caches.lfu_hits(array, 13, capacity, first) == lfu_plain(entries, capacity, first)
-    assert caches.tinylfu_hits(array, 13, capacity, first) == tinylfu_plain(entries, capacity, first)
+    assert kernels.lfu_hits(array, 13, capacity, first) == lfu_plain(entries, capacity, first)
+    assert kernels.tinylfu_hits(array, 13, capacity, first) == tinylfu_plain(entries, capacity, first)
 
 
 def test_frequency_policies_equal_their_plain_twins_over_many_halvings():
     entries = (np.random.default_rng(1).zipf(1.3, 30_000) % 500).tolist()
     array = np.array(entries, dtype=np.int32)
     for capacity in (1, 7, 60, 400):
-        assert caches.lfu_hits(array, 500, capacity, 1_000) == lfu_plain(entries, capacity, 1_000)
-        assert caches.tinylfu_hits(array, 500, capacity, 1_000) == tinylfu_plain(entries, capacity, 1_000)
+        assert kernels.lfu_hits(array, 500, capacity, 1_000) == lfu_plain(entries, capacity, 1_000)
+        assert kernels.tinylfu_hits(array, 500, capacity, 1_000) == tinylfu_plain(entries, capacity, 1_000)
 
 
 def test_the_twins_are_three_different_policies():
@@ -114,7 +114,7 @@ def served(lengths: list[int], prompts: list[int], slots: int) -> list[list[int]
     """Tokens of each step, by their place in the file."""
     token_T = np.full(sum(lengths), -1, dtype=np.int64)
     step_T = np.full(sum(lengths), -1, dtype=np.int32)
-    steps, _ = caches.serve(np.array(lengths), np.array(prompts), slots, token_T, step_T)
+    steps, _ = kernels.serve(np.array(lengths), np.array(prompts), slots, token_T, step_T)
     return [token_T[step_T == step].tolist() for step in range(steps)]
 
 
@@ -127,8 +127,8 @@ def test_requests_are_read_round_robin_and_a_free_slot_takes_the_next():
 
 def test_steps_in_which_a_slot_finds_no_request_are_left_out():
     lengths, space = np.array([3, 1, 2, 2]), (np.zeros(8, dtype=np.int64), np.zeros(8, dtype=np.int32))
-    assert caches.serve(lengths, np.zeros(4, dtype=np.int64), 2, *space) == (5, 3)
-    assert caches.serve(lengths, np.zeros(4, dtype=np.int64), 1, *space) == (8, 8)
+    assert kernels.serve(lengths, np.zeros(4, dtype=np.int64), 2, *space) == (5, 3)
+    assert kernels.serve(lengths, np.zeros(4, dtype=np.int64), 1, *space) == (8, 8)
     found = simulate(
         requests_of([5, 6, 7], [5], [6, 7], [8, 9]), scheme_of(), bytes_per_row=264, slots=2, warm_up=0.5
     )

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
-from engram_lm.index import plain, views
+from engram_lm.index import live_segment, plain
 from engram_lm.index import segment as segment_module
 from engram_lm.index import snapshot as snapshot_module
+from engram_lm.index.kernels import search
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View, dead_ranks
-from engram_lm.kernels import walks
+from engram_lm.index.snapshot import LiveSegment, Snapshot, dead_ranks
 
 VOCAB = 5
 
@@ -23,7 +23,7 @@ class Memory:
     """Documents in segments, some deleted; the same as a list of what is live."""
 
     def __init__(self, segments, deleted=(), *, vocab_size=VOCAB, nodes=(1024, 256), n_sources=2):
-        views, self.live, self.sources, number = [], [], [], 0
+        live_segment, self.live, self.sources, number = [], [], [], 0
         for s, documents in enumerate(segments):
             facts = [
                 Document(id=str(number + i), source=f"s{i % n_sources}" if i % 3 else "")
@@ -33,14 +33,14 @@ class Memory:
                 documents, vocab_size=vocab_size, documents=facts, heavy=nodes[0], wide=nodes[1]
             )
             dead = [i for i in range(len(documents)) if number + i in deleted]
-            views.append(View(segment, dead_documents=dead))
+            live_segment.append(LiveSegment(segment, dead_documents=dead))
             for i, document in enumerate(documents):
                 if i not in dead:
                     self.live.append(list(document))
                     self.sources.append(facts[i].source or (s, i))
             number += len(documents)
         self.end = vocab_size
-        self.snapshot = Snapshot(views, vocab_size=vocab_size)
+        self.snapshot = Snapshot(live_segment, vocab_size=vocab_size)
 
     def plain(self, count, cap):
         """What the plain twin is told about a way of counting."""
@@ -62,8 +62,8 @@ def memories(draw, max_documents=9):
     # segments up to this size are walked side by side where they are many, the others by themselves
     small, stride = draw(st.sampled_from([2**18, 8, -1])), draw(st.sampled_from([1, 2, 4, 32]))
     with (
-        mock.patch.object(views, "_SMALL", small),
-        mock.patch.object(views, "STRIDE", stride),
+        mock.patch.object(live_segment, "_SMALL", small),
+        mock.patch.object(live_segment, "STRIDE", stride),
         mock.patch.object(segment_module, "STRIDE", stride),
     ):
         return Memory(segments, deleted, nodes=nodes), documents
@@ -211,7 +211,7 @@ def test_what_is_prepared_is_there_and_what_was_stopped_is_not(large):
     documents = large[1]
     memory = Memory([documents], vocab_size=300, nodes=(50, 10))
     (row,) = memory.snapshot._table("documents", None).rows
-    ready = memory.snapshot.views[0]._rows["documents", 1][1][1][: row[walks.N_NODES]]
+    ready = memory.snapshot.views[0]._rows["documents", 1][1][1][: row[search.N_NODES]]
     with mock.patch.object(snapshot_module, "_RANKS_AT_ONCE", 100):
         memory.snapshot.prepare(count="documents", going=iter([True, False]).__next__)
     assert 0 < ready.sum() < len(ready)
@@ -344,7 +344,9 @@ def test_a_damaged_segment_reads_nothing_outside():
                 segment.arrays[name] = array
         dead = np.unique(rng.integers(0, len(segment), 20, dtype=np.uint32))
         for dead_rank in (None, dead):
-            snapshot = Snapshot([View(segment, dead_rank), View(segment, dead_rank)], vocab_size=30)
+            snapshot = Snapshot(
+                [LiveSegment(segment, dead_rank), LiveSegment(segment, dead_rank)], vocab_size=30
+            )
             for count in ("tokens", "documents"):
                 # wrong answers or a refusal
                 try:
@@ -354,7 +356,7 @@ def test_a_damaged_segment_reads_nothing_outside():
                 except CheckpointError as error:
                     assert "damaged" in str(error)  # noqa: PT017
         # what was counted with is zero again
-        plain_one = Snapshot([View(Segment.build([[1, 2]], vocab_size=30))], vocab_size=30)
+        plain_one = Snapshot([LiveSegment(Segment.build([[1, 2]], vocab_size=30))], vocab_size=30)
         assert plain_one.longest([1])[1].tolist() == [2]
 
 
@@ -371,7 +373,7 @@ def test_what_cannot_be_is_refused():
     ]
     for ranks in ([3], [1, 0], [1, 1]):
         with pytest.raises(CheckpointError, match="does not belong to it"):
-            View(snapshot.views[0].segment, ranks)
+            LiveSegment(snapshot.views[0].segment, ranks)
     with pytest.raises(ConfigError, match="cannot stand beside"):
         Snapshot(snapshot.views, vocab_size=9)
     with pytest.raises(TokenIdError, match="whole numbers; got float64"):

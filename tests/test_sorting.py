@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.index import sorting
+from engram_lm.index.kernels import sorting as kernel
 from engram_lm.index.sorting import context_order, nodes_of, nodes_plain, sort_contexts, wide_intervals
-from engram_lm.kernels import sorting as kernel
 
 
 def stream(documents, end, dtype):

@@ -8,9 +8,9 @@ import pytest
 from engram_lm.errors import ConfigError
 from engram_lm.index import plain
 from engram_lm.index import snapshot as snapshots
+from engram_lm.index.kernels import counts
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View
-from engram_lm.kernels import counting
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.mixing.features import NAMES, Evidence, features
 from engram_lm.mixing.gate import default_gate
 
@@ -33,7 +33,7 @@ def a_snapshot(segments, *, nodes=(50, 10), dead=(), vocab_size=V):
             heavy=nodes[0],
             wide=nodes[1],
         )
-        views.append(View(segment, dead_documents=[i for t, i in dead if t == s]))
+        views.append(LiveSegment(segment, dead_documents=[i for t, i in dead if t == s]))
     return Snapshot(views, vocab_size=vocab_size)
 
 
@@ -90,7 +90,7 @@ def test_lists_of_several_segments_are_forgotten_where_there_is_no_room(large, m
         second = memory.score(ids[::-1], count="sources").p
         work = snapshots._work_of(V)
         found.append(
-            (work.state[counting.JOINT_ROOM], np.array_equal(first, memory.score(ids, count="sources").p))
+            (work.state[counts.JOINT_ROOM], np.array_equal(first, memory.score(ids, count="sources").p))
         )
         found.append(
             (

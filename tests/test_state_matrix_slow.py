@@ -77,7 +77,7 @@ def test_smollm2(dtype):
     """float64 is the proof. In float32 the memory is quieter: one that takes the model over, as random rows do, also
     enlarges the base's rounding (2.8 times its own error was seen), which says nothing about the state.
     """
-    from engram_lm.train.base import load_base
+    from engram_lm.bases.base import load_base
 
     torch.set_num_threads(2)
     bare, tokenizer, _ = load_base("smollm2", dtype=dtype, report=lambda line: None)

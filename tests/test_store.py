@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, TokenIdError
-from engram_lm.index import merging, plain, writing
+from engram_lm.index import merge_policy, plain, writer
+from engram_lm.index.deletes import mask_from_bytes, mask_to_bytes
 from engram_lm.index.manifest import Entry, Manifest, Mask
-from engram_lm.index.masks import mask_from_bytes, mask_to_bytes
 from engram_lm.index.purging import Runs, runs_of
 from engram_lm.index.segment import Document, sha256_of
-from engram_lm.index.store import Store
-from engram_lm.kernels import checks
+from engram_lm.index.store import Index
+from engram_lm.kernels import checksums
 
 VOCAB = 7
 
 
 def make(path, **options):
-    return Store.create(path, vocab_size=VOCAB, tokenizer="fp", merging="by hand", **options)
+    return Index.create(path, vocab_size=VOCAB, tokenizer="fp", merging="by hand", **options)
 
 
 def require_equal(snapshot, documents):
@@ -53,7 +53,7 @@ def never_synced():
         yield
 
 
-class Index(RuleBasedStateMachine):
+class AnyOrder(RuleBasedStateMachine):
     """Any order of changes: a writer and a reader that has been open all along say what a dictionary says."""
 
     ids = st.sampled_from(["a", "b c", "d/../e", "ü", "f", "g"])
@@ -66,7 +66,7 @@ class Index(RuleBasedStateMachine):
 
         self.directory = tempfile.TemporaryDirectory()
         self.path = Path(self.directory.name) / "an index"
-        self.store, self.reader = make(self.path), Store.open(self.path)
+        self.store, self.reader = make(self.path), Index.open(self.path)
         self.model = {"public": {}, "other tenant": {}}
 
     def teardown(self):
@@ -120,7 +120,7 @@ class Index(RuleBasedStateMachine):
     @rule()
     def open_again(self):
         self.store.close()
-        self.store = Store.open(self.path, "write", merging="by hand")
+        self.store = Index.open(self.path, "write", merging="by hand")
 
     @invariant()
     def same(self):
@@ -137,8 +137,8 @@ class Index(RuleBasedStateMachine):
         assert {path.name for path in self.path.iterdir()} == wanted
 
 
-Index.TestCase.settings = settings(max_examples=6, stateful_step_count=8, deadline=None)
-test_any_order_of_changes_gives_what_a_dictionary_gives = Index.TestCase
+AnyOrder.TestCase.settings = settings(max_examples=6, stateful_step_count=8, deadline=None)
+test_any_order_of_changes_gives_what_a_dictionary_gives = AnyOrder.TestCase
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def store(tmp_path):
 
 
 def test_a_document_is_known_with_its_facts_and_a_reader_sees_it_at_once(store):
-    reader = Store.open(store.directory, tokenizer="fp", vocab_size=VOCAB)
+    reader = Index.open(store.directory, tokenizer="fp", vocab_size=VOCAB)
     assert not reader.refresh()
     assert store.add([("a", [1, 2, 3], "a.txt"), (Document(id="b", source="s", added=12.5), [])]) == 1
     assert reader.refresh()
@@ -182,7 +182,7 @@ def test_a_document_is_known_with_its_facts_and_a_reader_sees_it_at_once(store):
 
 def test_a_snapshot_stays_as_it_was_and_outlives_its_files(store):
     store.add([(name, [i, i, 5, i]) for i, name in enumerate("abcd")])
-    reader = Store.open(store.directory)
+    reader = Index.open(store.directory)
     old = reader.snapshot()
     store.delete(["a", "b"])
     newer = reader.snapshot()
@@ -197,7 +197,7 @@ def test_a_snapshot_stays_as_it_was_and_outlives_its_files(store):
 
 def test_tenants_never_mix_and_an_unknown_one_sees_nothing(store):
     store.add([("a", [1, 2, 3])], tenant="acme")
-    before = Store.open(store.directory).snapshot("acme").distribution([1, 2]).p.copy()
+    before = Index.open(store.directory).snapshot("acme").distribution([1, 2]).p.copy()
     store.add([("a", [1, 2, 4])], tenant="../x y")
     assert np.array_equal(store.snapshot("acme").distribution([1, 2]).p, before)
     require_equal(store.snapshot("acme"), [[1, 2, 3]])
@@ -266,7 +266,7 @@ def test_a_deleted_document_is_gone_and_its_id_is_free(store):
 
 
 def test_a_large_add_becomes_several_segments_of_one_generation(store, monkeypatch):
-    monkeypatch.setattr(writing, "SEGMENT_TOKENS", 10)
+    monkeypatch.setattr(writer, "SEGMENT_TOKENS", 10)
     documents = {f"d{i}": [i % VOCAB] * 4 for i in range(7)}
     assert store.add(iter(documents.items())) == 1
     assert store.stats().segments == 4
@@ -280,13 +280,13 @@ def test_delete_during_a_merge_is_in_the_merged_segment(store, monkeypatch):
     store.add([("a", [1, 2]), ("b", [3, 4])])
     store.add([("c", [5]), ("d", [6])])
     store.add([("e", [6, 6])])
-    real, seen = writing.Writer.write, []
+    real, seen = writer.IndexWriter.write, []
 
     def build(self, *args):
         monkeypatch.undo()
         store.delete(["b", "e"])
         store.add([("b", [0, 0]), ("c", [2, 2])], replace="yes")
-        monkeypatch.setattr(writing.Writer, "write", look)
+        monkeypatch.setattr(writer.IndexWriter, "write", look)
         return real(self, *args)
 
     def look(self, *args):
@@ -296,7 +296,7 @@ def test_delete_during_a_merge_is_in_the_merged_segment(store, monkeypatch):
         store.verify()
         return real(self, *args)
 
-    monkeypatch.setattr(writing.Writer, "write", build)
+    monkeypatch.setattr(writer.IndexWriter, "write", build)
     assert store.merge()
     assert seen == [3]
     require_equal(store.snapshot(), [[1, 2], [6], [0, 0], [2, 2]])
@@ -308,7 +308,7 @@ def test_delete_during_a_merge_is_in_the_merged_segment(store, monkeypatch):
         store.delete([document.id for document in store.documents()])
         return real(self, *args)
 
-    monkeypatch.setattr(writing.Writer, "write", build_all_gone)
+    monkeypatch.setattr(writer.IndexWriter, "write", build_all_gone)
     store.merge()
     require_equal(store.snapshot(), [])
     assert sorted(os.listdir(store.directory)) == ["lock", "manifest"]
@@ -316,13 +316,13 @@ def test_delete_during_a_merge_is_in_the_merged_segment(store, monkeypatch):
 
 def test_merging_in_the_background_keeps_segments_few(tmp_path):
     documents = {f"d{i}": [i % VOCAB, i // VOCAB % VOCAB, i // VOCAB**2] for i in range(60)}
-    with Store.create(tmp_path / "i", vocab_size=VOCAB) as store:
+    with Index.create(tmp_path / "i", vocab_size=VOCAB) as store:
         for item in documents.items():
             store.add([item])
-            assert store.stats().segments <= merging.MOST_SEGMENTS
-    with Store.open(tmp_path / "i", "write") as store:
+            assert store.stats().segments <= merge_policy.MOST_SEGMENTS
+    with Index.open(tmp_path / "i", "write") as store:
         store.merge(how="due")
-        assert store.stats().segments < merging.FAN
+        assert store.stats().segments < merge_policy.FAN
         assert store.stats().merge_error == ""
         require_equal(store.snapshot(), documents.values())
 
@@ -334,9 +334,9 @@ def entry(number, live, dead=0):
 
 def test_which_segments_are_merged():
     def numbers(*entries, **options):
-        return [found.number for found in merging.due(entries, **options)]
+        return [found.number for found in merge_policy.due(entries, **options)]
 
-    assert [merging.tier(n) for n in (0, 4095, 4096, 16383, 16384)] == [0, 0, 1, 1, 2]
+    assert [merge_policy.tier(n) for n in (0, 4095, 4096, 16383, 16384)] == [0, 0, 1, 1, 2]
     small = [entry(i, 100) for i in range(5)]
     assert numbers(*small[:3], entry(9, 5000)) == []
     assert numbers(entry(9, 5000), *small) == [0, 1, 2, 3, 4]
@@ -344,7 +344,7 @@ def test_which_segments_are_merged():
     assert numbers(*small, most=399) == []
     assert numbers(entry(1, 5000, 2400)) == []
     assert numbers(entry(1, 5000, 2600)) == [1]
-    assert [[e.number for e in g] for g in merging.groups([*small, entry(9, 5000)], 250)] == [
+    assert [[e.number for e in g] for g in merge_policy.groups([*small, entry(9, 5000)], 250)] == [
         [0, 1],
         [2, 3],
         [4],
@@ -354,7 +354,7 @@ def test_which_segments_are_merged():
     entries, written = [], 0
     for i in range(3000):
         entries.append(entry(i, 1000))
-        while group := merging.due(entries):
+        while group := merge_policy.due(entries):
             total = sum(found.live_tokens for found in group)
             entries = [entry(i, total), *(found for found in entries if found not in group)]
             written += total
@@ -370,7 +370,7 @@ def random_documents(n, length, vocab, seed=0):
 @pytest.mark.parametrize("vocab", [5000, 100_000])
 def test_purge_takes_documents_out_of_the_files_and_proves_it(tmp_path, vocab):
     documents = random_documents(12, 100, vocab)
-    with Store.create(tmp_path / "i", vocab_size=vocab, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=vocab, merging="by hand") as store:
         store.add(list(documents.items())[:6])
         store.add(list(documents.items())[6:])
         store.add([("copy", documents["d3"][:60]), ("short", [1, 2]), ("same", [7] * 300)])
@@ -403,7 +403,7 @@ def test_purge_takes_documents_out_of_the_files_and_proves_it(tmp_path, vocab):
 
 def test_a_purge_that_leaves_something_says_where(tmp_path, monkeypatch):
     documents = random_documents(4, 100, 5000)
-    with Store.create(tmp_path / "i", vocab_size=5000, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=5000, merging="by hand") as store:
         store.add(list(documents.items()))
         (tmp_path / "i" / "notes").mkdir()
         rest = tmp_path / "i" / "notes" / "a copy.bin"
@@ -413,16 +413,16 @@ def test_a_purge_that_leaves_something_says_where(tmp_path, monkeypatch):
         rest.unlink()
         store.delete("d1")
         # a rewrite that forgets the mask
-        real = writing.Writer.write
+        real = writer.IndexWriter.write
         pairs = [(Document(id=name), documents[name]) for name in ("d0", "d1", "d3")]
-        monkeypatch.setattr(writing.Writer, "write", lambda self, found, files: real(self, pairs, files))
+        monkeypatch.setattr(writer.IndexWriter, "write", lambda self, found, files: real(self, pairs, files))
         with pytest.raises(CheckpointError, match="still holds the deleted document 'd1'"):
             store.purge()
 
 
 def test_a_purge_is_not_alarmed_by_sorted_tokens_that_ascend_as_a_deleted_document(tmp_path):
     gone = list(range(0, 40, 2))
-    with Store.create(tmp_path / "i", vocab_size=300, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=300, merging="by hand") as store:
         store.add([("gone", gone)])
         # 32 places of each second last token before 200: every 32nd of them is one further
         store.add([(f"{token} {k}", [token, 200]) for token in gone for k in range(32)])
@@ -436,7 +436,7 @@ def test_a_purge_looks_beside_the_tokens_of_a_segment(tmp_path):
     """The bytes of a deleted document in another place of a live segment's file are told, whatever they mean there."""
     words = "abcdefghijklmnopqrstuvwxyzABCDEF"
     gone = np.frombuffer(words.encode(), "<u2")
-    with Store.create(tmp_path / "i", vocab_size=32_000, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=32_000, merging="by hand") as store:
         store.add([("gone", gone)])
         store.add([("kept", [1, 2, 3], words)])
         with pytest.raises(
@@ -447,7 +447,7 @@ def test_a_purge_looks_beside_the_tokens_of_a_segment(tmp_path):
 
 def test_a_purge_of_one_tenant_names_another_that_keeps_the_same_deleted(tmp_path):
     (text,) = random_documents(1, 100, 5000).values()
-    with Store.create(tmp_path / "i", vocab_size=5000, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=5000, merging="by hand") as store:
         for tenant in ("a", "b"):
             store.add([("same", text), ("other", [1])], tenant=tenant)
             store.delete("same", tenant=tenant)
@@ -486,14 +486,14 @@ def test_another_tokenizer_vocabulary_directory_or_mode_is_refused(store, tmp_pa
         ({"vocab_size": 8}, "a vocabulary of 7; yours has 8"),
     ):
         with pytest.raises(IdentityError, match=text):
-            Store.open(store.directory, **options)
+            Index.open(store.directory, **options)
     with pytest.raises(CheckpointError, match="holds no index"):
-        Store.open(tmp_path)
+        Index.open(tmp_path)
     with pytest.raises(ConfigError, match="mode is 'read' or 'write'"):
-        Store.open(store.directory, "rw")
+        Index.open(store.directory, "rw")
     with pytest.raises(ConfigError, match="merging is"):
-        Store.open(store.directory, merging="no")
-    with Store.open(store.directory) as reader, pytest.raises(ConfigError, match='Open it with mode="write"'):
+        Index.open(store.directory, merging="no")
+    with Index.open(store.directory) as reader, pytest.raises(ConfigError, match='Open it with mode="write"'):
         reader.delete("a")
     with pytest.raises(ConfigError, match="is closed"):
         reader.snapshot()
@@ -504,24 +504,24 @@ def test_another_tokenizer_vocabulary_directory_or_mode_is_refused(store, tmp_pa
     with pytest.raises(CheckpointError, match="an index that lost it"):
         make(store.directory)
     with pytest.raises(ConfigError, match="tokenizer is a fingerprint"):
-        Store.create(tmp_path / "other", vocab_size=7, tokenizer=None)
+        Index.create(tmp_path / "other", vocab_size=7, tokenizer=None)
     for vocab in (0, True, 2**31, "7"):
         with pytest.raises(ConfigError, match="vocab_size is a whole number"):
-            Store.create(tmp_path / "other", vocab_size=vocab)
+            Index.create(tmp_path / "other", vocab_size=vocab)
 
 
 def test_a_directory_put_back_from_a_backup_is_not_mistaken(store, tmp_path):
     store.add([("a", [1, 2])])
     backup = {path.name: path.read_bytes() for path in store.directory.iterdir()}
     store.add([("b", [3, 4])])
-    reader = Store.open(store.directory)
+    reader = Index.open(store.directory)
     require_equal(reader.snapshot(), [[1, 2], [3, 4]])
     store.close()
     for path in store.directory.iterdir():
         path.unlink()
     for name, data in backup.items():
         (store.directory / name).write_bytes(data)
-    with Store.open(store.directory, "write", merging="by hand") as again:
+    with Index.open(store.directory, "write", merging="by hand") as again:
         again.add([("c", [5, 6])])
         require_equal(reader.snapshot(), [[1, 2], [5, 6]])
     assert sorted(document.id for document in reader.documents()) == ["a", "c"]
@@ -549,7 +549,7 @@ def test_stats_and_verify_count_what_is_there(store):
 
 def signed(facts):
     text = facts if isinstance(facts, bytes) else json.dumps(facts).encode()
-    return b"engram-index 1 %016x\n" % int(checks.xxh64(np.frombuffer(text, np.uint8))) + text
+    return b"engram-index 1 %016x\n" % int(checksums.xxh64(np.frombuffer(text, np.uint8))) + text
 
 
 def good():
@@ -627,7 +627,7 @@ def test_bytes_that_are_no_manifest_are_refused(store):
     store.close()
     (store.directory / "manifest").write_bytes(whole)
     with pytest.raises(CheckpointError, match=r"1\.mask is missing"):
-        Store.open(store.directory).snapshot()
+        Index.open(store.directory).snapshot()
 
 
 def test_a_damaged_or_wrong_mask_is_refused():
@@ -666,10 +666,10 @@ def test_masks_that_hide_the_same_twice_are_refused(store):
     second.write_bytes(wrong)
     facts = json.loads((store.directory / "manifest").read_bytes().split(b"\n", 1)[1])
     facts["tenants"]["public"][0]["masks"][1]["seal"] = (
-        f"{int(checks.xxh64(np.frombuffer(wrong, np.uint8))):016x}"
+        f"{int(checksums.xxh64(np.frombuffer(wrong, np.uint8))):016x}"
     )
     (store.directory / "manifest").write_bytes(signed(facts))
-    reader = Store.open(store.directory)
+    reader = Index.open(store.directory)
     with pytest.raises(CheckpointError, match="masks that hide the same places"):
         reader.snapshot()
     with pytest.raises(CheckpointError, match=r"hides documents that another mask|hides other places"):
@@ -685,8 +685,8 @@ def test_masks_stay_few_and_say_what_one_would(store):
         assert entry.dead_documents == i + 1
     left = [[i % VOCAB, 1, i // 10] for i in range(50, 60)]
     require_equal(store.snapshot(), left)
-    require_equal(Store.open(store.directory).snapshot(), left)
-    assert Store.open(store.directory).verify().documents == 10
+    require_equal(Index.open(store.directory).snapshot(), left)
+    assert Index.open(store.directory).verify().documents == 10
 
 
 def test_a_damaged_file_is_named_by_verify_and_a_swapped_one_when_opened(store, tmp_path):
@@ -706,16 +706,16 @@ def test_a_damaged_file_is_named_by_verify_and_a_swapped_one_when_opened(store, 
     for path in (first, second):
         flipped = bytearray(kept[path])
         flipped[5000] ^= 4
-        refused(path, bytes(flipped), "is damaged", lambda: Store.open(store.directory).verify())
+        refused(path, bytes(flipped), "is damaged", lambda: Index.open(store.directory).verify())
     refused(
         second,
         kept[first],
         "is not the file that the manifest names",
-        lambda: Store.open(store.directory).snapshot(),
+        lambda: Index.open(store.directory).snapshot(),
     )
-    refused(mask, kept[mask][:-4], "is damaged", lambda: Store.open(store.directory).snapshot())
+    refused(mask, kept[mask][:-4], "is damaged", lambda: Index.open(store.directory).snapshot())
     # a mask that hides others' places is well formed; only a look at the segment tells
-    reader = Store.open(store.directory)
+    reader = Index.open(store.directory)
     manifest = reader._opened.manifest
     entry = manifest.tenants["public"][0]
     _, rank = mask_from_bytes(kept[mask], mask, entry, entry.masks[0])
@@ -724,8 +724,8 @@ def test_a_damaged_file_is_named_by_verify_and_a_swapped_one_when_opened(store, 
     text = (store.directory / "manifest").read_bytes().split(b"\n", 1)[1]
     facts = json.loads(text)
     facts["tenants"]["public"][0]["masks"][0]["seal"] = (
-        f"{int(checks.xxh64(np.frombuffer(wrong[:4096], np.uint8))):016x}"
+        f"{int(checksums.xxh64(np.frombuffer(wrong[:4096], np.uint8))):016x}"
     )
     (store.directory / "manifest").write_bytes(signed(facts))
     with pytest.raises(CheckpointError, match="hides other places than those of its 1 documents"):
-        Store.open(store.directory).verify()
+        Index.open(store.directory).verify()

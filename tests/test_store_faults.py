@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.index import durable, opened
-from engram_lm.index.store import Store
+from engram_lm.index import durable
+from engram_lm.index import reader as reader_module
+from engram_lm.index.store import Index
 from store_support import SCENARIOS, VOCAB, before_scenarios, follow, scenario_states, state_of
 
 
@@ -36,10 +37,10 @@ def require_whole_after_deaths(root):
             done = path.with_name(path.name + ".done")
             acked = len(done.read_text().split()) if done.exists() else 0
             n_died += acked < len(SCENARIOS[name])
-            with Store.open(path) as store:
+            with Index.open(path) as store:
                 store.verify()
                 assert state_of(store) in states[acked : acked + 2], (path, acked)
-            with Store.open(path, "write", merging="by hand") as store:
+            with Index.open(path, "write", merging="by hand") as store:
                 before = state_of(store)
                 store.add([("after", [1, 2])])
                 assert {path.name for path in path.iterdir()} == {
@@ -92,7 +93,7 @@ def never_synced():
 
 @pytest.fixture
 def store(tmp_path):
-    with Store.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
         before_scenarios(store)
         yield store
 
@@ -148,7 +149,7 @@ def test_a_full_disk_leaves_the_index_as_it_was(store, monkeypatch, change, name
         with pytest.raises(CheckpointError, match=r"not known \(.*No space.*Open the index again"):
             store.add([("x", [1])])
     store.close()
-    with Store.open(store.directory, "write", merging="by hand") as again:
+    with Index.open(store.directory, "write", merging="by hand") as again:
         again.verify()
         after = state_of(again)
         assert (after == before) == (change == "merge")
@@ -165,7 +166,7 @@ def test_the_first_thing_that_goes_wrong_is_not_hidden_by_the_second(store, monk
     monkeypatch.undo()
     store.delete("a")
     store.close()
-    with Store.open(store.directory, "write"):
+    with Index.open(store.directory, "write"):
         assert {path.name for path in store.directory.iterdir()} == {
             "manifest",
             "lock",
@@ -197,7 +198,7 @@ def test_an_interrupt_leaves_all_or_nothing(tmp_path, monkeypatch, change, name)
                 raise KeyboardInterrupt
             return result
 
-        store = Store.create(path, vocab_size=VOCAB, merging="by hand")
+        store = Index.create(path, vocab_size=VOCAB, merging="by hand")
         before_scenarios(store)
         before = state_of(store)
         monkeypatch.setattr(os, name, call)
@@ -208,10 +209,10 @@ def test_an_interrupt_leaves_all_or_nothing(tmp_path, monkeypatch, change, name)
             done = False
         monkeypatch.undo()
         store.close()
-        with Store.open(path) as reader:
+        with Index.open(path) as reader:
             reader.verify()
             whole.add(state_of(reader) == before)
-        with Store.open(path, "write", merging="by hand") as again:
+        with Index.open(path, "write", merging="by hand") as again:
             again.add([("x", [1])])
         if done:
             break
@@ -233,11 +234,11 @@ def test_closing_waits_for_changes_of_other_threads(store):
     closing = threading.Thread(target=store.close)
     closing.start()
     with pytest.raises(CheckpointError, match="is being written by"):
-        Store.open(store.directory, "write", wait_seconds=0.05)
+        Index.open(store.directory, "write", wait_seconds=0.05)
     go_on.set()
     adding.join()
     closing.join()
-    with Store.open(store.directory, "write") as again:
+    with Index.open(store.directory, "write") as again:
         assert again.get("slow")[1].tolist() == [1, 2, 3]
     with pytest.raises(ConfigError, match="is closed"):
         store.add([("x", [1])])
@@ -266,10 +267,10 @@ def test_a_purge_waits_for_adds_of_other_threads(store):
 
 
 def test_a_merge_that_fails_does_not_fail_the_add_before_it(tmp_path, monkeypatch):
-    with Store.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
         for i in range(40):
             store.add([(f"{i}", [i])])
-    with Store.open(tmp_path / "i", "write") as store:
+    with Index.open(tmp_path / "i", "write") as store:
         real = store._writer.write
 
         def refuse(pairs, files):
@@ -287,7 +288,7 @@ def test_a_merge_that_fails_does_not_fail_the_add_before_it(tmp_path, monkeypatc
 
 
 def test_a_failed_background_merge_is_told_and_tried_again(tmp_path, monkeypatch):
-    with Store.create(tmp_path / "i", vocab_size=VOCAB) as store:
+    with Index.create(tmp_path / "i", vocab_size=VOCAB) as store:
         background = store._background
         write = store._writer.write
 
@@ -316,22 +317,22 @@ def test_a_second_writer_is_told_who_writes(store):
     with pytest.raises(
         CheckpointError, match=rf"is being written by process {os.getpid()} on .+ since \d{{4}}-"
     ):
-        Store.open(store.directory, "write")
+        Index.open(store.directory, "write")
     with pytest.raises(CheckpointError, match="is being written by process"):
-        Store.create(store.directory, vocab_size=3)
+        Index.create(store.directory, vocab_size=3)
     (store.directory / "lock").write_bytes(b"\0{nonsense")
     with pytest.raises(CheckpointError, match="is being written by another process"):
-        Store.open(store.directory, "write")
+        Index.open(store.directory, "write")
     timer = threading.Timer(0.2, store.close)
     timer.start()
-    with Store.open(store.directory, "write", wait_seconds=30) as other:
+    with Index.open(store.directory, "write", wait_seconds=30) as other:
         other.delete("a")
     timer.join()
 
 
 def test_the_lock_ends_with_its_process_even_where_children_live_on(tmp_path):
     path = tmp_path / "i"
-    Store.create(path, vocab_size=VOCAB).close()
+    Index.create(path, vocab_size=VOCAB).close()
     script = """
 import os, signal, sys, time
 from engram_lm.index.store import Store
@@ -351,10 +352,10 @@ os.kill(os.getpid(), signal.SIGSTOP)
     try:
         assert "is a fork of its writer" in run.stdout.readline()
         with pytest.raises(CheckpointError, match=f"is being written by process {run.pid}"):
-            Store.open(path, "write")
+            Index.open(path, "write")
         run.kill()
         run.wait()
-        with Store.open(path, "write") as store:
+        with Index.open(path, "write") as store:
             assert store.add([("a", [1])]) == 1
     finally:
         os.killpg(run.pid, 9)
@@ -373,8 +374,8 @@ def test_a_writer_whose_manifest_was_replaced_stops(store, tmp_path):
 
 
 def test_a_reader_that_finds_a_file_gone_reads_the_manifest_again(store, monkeypatch):
-    reader = Store.open(store.directory)
-    real, seen = opened.open_segment, []
+    reader = Index.open(store.directory)
+    real, seen = reader_module.open_segment, []
 
     def late(directory, manifest, entry):
         # between the manifest and the file it names, a writer merges; it opens files too
@@ -385,15 +386,15 @@ def test_a_reader_that_finds_a_file_gone_reads_the_manifest_again(store, monkeyp
             seen[-1] = False
         return real(directory, manifest, entry)
 
-    monkeypatch.setattr(opened, "open_segment", late)
+    monkeypatch.setattr(reader_module, "open_segment", late)
     assert follow(reader.snapshot(), [9, 9]) == {1: 1, 2: 1, 3: 1}
     monkeypatch.undo()
     (entry,) = store._opened.manifest.tenants["public"]
     (store.directory / f"{entry.number:012d}.segment").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
-        Store.open(store.directory).snapshot()
+        Index.open(store.directory).snapshot()
     with pytest.raises(CheckpointError, match="is missing"):
-        Store.open(store.directory).verify()
+        Index.open(store.directory).verify()
 
 
 def test_verify_beside_a_writer_goes_on_to_the_newest(store, monkeypatch):
@@ -408,13 +409,13 @@ def test_verify_beside_a_writer_goes_on_to_the_newest(store, monkeypatch):
         return real(directory, manifest, entry)
 
     monkeypatch.setattr(checking, "open_segment", late)
-    assert Store.open(store.directory).verify().generation == store.generation
+    assert Index.open(store.directory).verify().generation == store.generation
 
 
 def test_threads_share_a_store(tmp_path):
     """Four threads add and delete their own documents while others ask: each sees its own, and the sums are right."""
     errors = []
-    with Store.create(tmp_path / "i", vocab_size=VOCAB) as store:
+    with Index.create(tmp_path / "i", vocab_size=VOCAB) as store:
 
         def change(name):
             try:
@@ -438,7 +439,7 @@ def test_threads_share_a_store(tmp_path):
 
 
 def test_an_add_goes_on_while_the_files_it_looks_ids_up_in_are_merged_away(tmp_path):
-    with Store.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=VOCAB, merging="by hand") as store:
         for i in range(3):
             store.add([(f"d{i}", [1, 2, i])])
 
@@ -472,7 +473,7 @@ def test_large_empty_and_odd_documents(tmp_path):
     rng = np.random.default_rng(0)
     large = rng.integers(0, 49_152, 200_000).astype(np.uint16)
     path = tmp_path / "a path with spaces, ümläuts & 'quotes'"
-    with Store.create(path, vocab_size=49_152, merging="by hand") as store:
+    with Index.create(path, vocab_size=49_152, merging="by hand") as store:
         store.add([("large", large)])
         store.add([("empty", []), ('\u2028 \\ " \n\t\U0001f600', np.array([1, 2, 3], np.int32), "\n")])
         assert follow(store.snapshot(), large[1000:1005].tolist()) == {int(large[1005]): 1}
@@ -494,7 +495,7 @@ def test_large_empty_and_odd_documents(tmp_path):
 def test_a_document_of_50_mb_is_masked_at_once(tmp_path):
     rng = np.random.default_rng(0)
     large = rng.integers(0, 49_152, 12_000_000).astype(np.uint16)
-    with Store.create(tmp_path / "i", vocab_size=49_152, merging="by hand") as store:
+    with Index.create(tmp_path / "i", vocab_size=49_152, merging="by hand") as store:
         store.add([("large", large), ("other", large[:100])])
         store.delete("large")
         snapshot = store.snapshot()

@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 
 from alone import run_alone, started
 from engram_lm.errors import AddressError, CheckpointError, ConfigError
-from engram_lm.kernels import disk as kernels
-from engram_lm.kernels import rows as row_kernels
-from engram_lm.tables import ahead, disk
-from engram_lm.tables.cached import CachedStore
-from engram_lm.tables.codecs import CODECS, bf16_bits, codec_named
-from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.format import PAGE, open_packed, verify
-from engram_lm.tables.layout import Layout, Segment
-from engram_lm.tables.store import OUT_DTYPES, HostStore, int64, records_of
-from engram_lm.tables.writer import Writer
+from engram_lm.storage import disk, read_ahead
+from engram_lm.storage.cached import CachedStore
+from engram_lm.storage.codecs import CODECS, bf16_bits, codec_named
+from engram_lm.storage.disk import DiskStore
+from engram_lm.storage.format import PAGE, open_packed, verify
+from engram_lm.storage.kernels import disk as kernels
+from engram_lm.storage.kernels import rows as row_kernels
+from engram_lm.storage.layout import Extent, Layout
+from engram_lm.storage.store import OUT_DTYPES, HostStore, int64, records_of
+from engram_lm.storage.writer import TableWriter
 
 # Ways to read a layout; "unqueued": past the page cache, but by threads, as where queues have run out; "ahead": handed to
 # a reading thread and taken up at once.
@@ -65,7 +65,7 @@ def some_records(n_rows: int, n_bytes: int, seed: int = 0) -> np.ndarray:
 
 
 def packed(path: Path, records: np.ndarray, **options) -> Layout:
-    with Writer(path, n_rows=len(records), **options) as writer:
+    with TableWriter(path, n_rows=len(records), **options) as writer:
         writer.add(records)
         writer.finish()
     return open_packed(path)
@@ -126,7 +126,7 @@ def test_every_way_gives_the_plain_codecs_rows(way, codec, tmp_path, monkeypatch
 def test_a_large_gather_with_repeats(way, tmp_path, monkeypatch):
     """More reads than a round holds, more than are in flight; records of a page and a bit."""
     monkeypatch.setattr(disk, "STAGE_BYTES", 10 * PAGE)
-    monkeypatch.setattr(ahead, "ROUND_BYTES", 10 * PAGE)
+    monkeypatch.setattr(read_ahead, "ROUND_BYTES", 10 * PAGE)
     rng = np.random.default_rng(0)
     for n_rows, width in ((4000, 264), (150, 4100), (5, 50_000)):
         records = some_records(n_rows, width)
@@ -141,7 +141,7 @@ def test_a_large_gather_with_repeats(way, tmp_path, monkeypatch):
         store.close()
         monkeypatch.undo()
         monkeypatch.setattr(disk, "STAGE_BYTES", 10 * PAGE)
-        monkeypatch.setattr(ahead, "ROUND_BYTES", 10 * PAGE)
+        monkeypatch.setattr(read_ahead, "ROUND_BYTES", 10 * PAGE)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 200])
@@ -292,7 +292,7 @@ def split_table(directory: Path, records: np.ndarray, width: int, seed: int) -> 
     ):
         n, part = last_row - first_row, end - at
         gap, group = int(rng.integers(0, 4)) * 5, int(rng.integers(1, n + 1))
-        segment = Segment(
+        segment = Extent(
             path=directory / name,
             offset=int(rng.integers(0, 9000)),
             first_row=first_row,
@@ -411,7 +411,7 @@ def test_a_file_cut_short_while_open_is_refused(way, own_table, monkeypatch):
 def test_a_file_without_checksums_cut_short_while_open_gives_no_stale_row(way, tmp_path, monkeypatch):
     """Bytes of an earlier read lie where the missing ones would come."""
     records = some_records(300, 33)
-    whole = Segment(
+    whole = Extent(
         path=tmp_path / "t", offset=5, first_row=0, n_rows=300, stride=33, group=300, group_stride=9900, at=0, n_bytes=33
     )  # fmt: skip
     whole.path.write_bytes(b"12345" + records.tobytes())
@@ -565,8 +565,8 @@ def test_files_in_memory_read_the_same(bf16_table, tmp_path_factory):
 FORK = """
 import os, sys, threading
 import numpy as np
-from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.format import open_packed
+from engram_lm.storage.disk import DiskStore
+from engram_lm.storage.format import open_packed
 
 layout = open_packed(sys.argv[1])
 for direct in (True, False):
@@ -607,8 +607,8 @@ def test_a_reader_that_is_killed_leaves_nothing_broken(own_table):
     code = """
 import sys
 import numpy as np
-from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.format import open_packed
+from engram_lm.storage.disk import DiskStore
+from engram_lm.storage.format import open_packed
 store = DiskStore(open_packed(sys.argv[1]))
 store.gather([0])
 print("reading", flush=True)

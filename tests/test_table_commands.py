@@ -15,15 +15,15 @@ from checkpoints import QWEN, write_safetensors, write_sharded
 from engram_lm import cli
 from engram_lm.addressing import PROFILES, resolve
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.operate import convert as conversion
-from engram_lm.operate.compare import compare, together
-from engram_lm.operate.convert import to_packed, to_safetensors
-from engram_lm.operate.measure import measure, row_norms
-from engram_lm.operate.sources import open_source, sample_rows, sampled, whole
 from engram_lm.progress import Progress
-from engram_lm.tables import CODECS, HostStore, Writer, open_packed, open_shipped, read_header
-from engram_lm.tables.safetensors import file_tensors
-from engram_lm.tables.store import records_of
+from engram_lm.storage import CODECS, HostStore, TableWriter, open_packed, open_shipped, read_header
+from engram_lm.storage.safetensors import file_tensors
+from engram_lm.storage.store import records_of
+from engram_lm.tabletools import convert as conversion
+from engram_lm.tabletools.compare import compare, together
+from engram_lm.tabletools.convert import to_packed, to_safetensors
+from engram_lm.tabletools.measure import measure, row_norms
+from engram_lm.tabletools.sources import open_source, sample_rows, sampled, whole
 
 PROFILE = PROFILES["deepseek-v4.1"].replace(orders=(2, 3), heads=2, rows_per_head=97, head_width=64)
 LAYERS = {s.layer: s.padded_rows for s in resolve(PROFILE, vocab_size=40, layers=(1, 14), fill_id=2)}
@@ -85,7 +85,7 @@ def tensor_bytes(path):
 
 def table_of(rows, path, codec="fp32", **options):
     """A packed file of float32 rows."""
-    with Writer(path, n_rows=len(rows), width=rows.shape[1], codec=codec, **options) as writer:
+    with TableWriter(path, n_rows=len(rows), width=rows.shape[1], codec=codec, **options) as writer:
         writer.add_rows(rows)
         writer.finish()
     return open_packed(path)
@@ -683,7 +683,7 @@ def runs_without_torch(lines):
     program = (
         "import sys\n"
         "from engram_lm import cli\n"
-        "import engram_lm.operate.table_commands\n"
+        "import engram_lm.tabletools.commands\n"
         f"codes = [cli.run(line) for line in {lines!r}]\n"
         "heavy = {'torch', 'transformers', 'safetensors'} & set(sys.modules)\n"
         "sys.exit(f'{codes}, imported {sorted(heavy)}' if heavy or any(codes) else 0)\n"

@@ -12,21 +12,14 @@ import numpy as np
 import pytest
 
 from engram_lm.errors import CheckpointError, ConfigError, EngramError, IdentityError
-from engram_lm.kernels import checks
-from engram_lm.tables import format as packed
-from engram_lm.tables.codecs import CODECS, codec_named
-from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.format import (
-    MAGIC,
-    PAGE,
-    Header,
-    open_packed,
-    read_header,
-    verify,
-)
-from engram_lm.tables.layout import Layout
-from engram_lm.tables.store import HostStore
-from engram_lm.tables.writer import Writer
+from engram_lm.kernels import checksums
+from engram_lm.storage import format as packed
+from engram_lm.storage.codecs import CODECS, codec_named
+from engram_lm.storage.disk import DiskStore
+from engram_lm.storage.format import MAGIC, PAGE, Header, open_packed, read_header, verify
+from engram_lm.storage.layout import Layout
+from engram_lm.storage.store import HostStore
+from engram_lm.storage.writer import TableWriter
 
 GOLDEN = Path(__file__).parent / "golden" / "tables-v1"
 FACTS = {"profile": "test", "layer": 1, "moduli": [5, 7], "seed": 3}
@@ -38,7 +31,7 @@ def some_records(n_rows: int, width: int, codec: str, seed: int = 0) -> np.ndarr
 
 
 def write(path: Path, records: np.ndarray, *, pieces: list[int] | None = None, **options) -> Header:
-    with Writer(path, n_rows=len(records), **options) as writer:
+    with TableWriter(path, n_rows=len(records), **options) as writer:
         for piece in np.split(records, np.cumsum(pieces or [])):
             writer.add(piece)
         return writer.finish()
@@ -100,7 +93,7 @@ def test_rows_lie_where_the_document_says(
     for page in range(header.n_pages):
         page_data = data[header.pages_at + page * PAGE :][:PAGE]
         (entry,) = data[header.checksums_at + 4 * page :][:4].view("<u4")
-        assert int(entry) == int(checks.xxh64(page_data)) & 0xFFFFFFFF
+        assert int(entry) == int(checksums.xxh64(page_data)) & 0xFFFFFFFF
     assert not data[header.checksums_at + 4 * header.n_pages :].any()
     assert read_header(path) == header
     assert np.array_equal(rows_at(path, records), records)
@@ -118,13 +111,13 @@ def test_header_fields_lie_where_the_document_says(tmp_path):
     assert at("<f", data, 48)[0] == np.float32(0.3)
     assert at("<III", data, 52) == (20, 204, 1)
     assert at("<QQQ", data, 64) == (1, 4096, 8192)
-    assert at("<Q", data, 88)[0] == int(checks.xxh64(np.frombuffer(data[8192:], np.uint8)))
+    assert at("<Q", data, 88)[0] == int(checksums.xxh64(np.frombuffer(data[8192:], np.uint8)))
     assert data[96:128] == packed.identity_hash(FACTS)
     (json_bytes, zero) = at("<II", data, 128)
     assert zero == 0
     assert json.loads(data[136 : 136 + json_bytes]) == {"identity": FACTS, "made_by": "me", "note": "näh"}
     assert not any(data[136 + json_bytes : 4088])
-    assert at("<Q", data, 4088)[0] == int(checks.xxh64(np.frombuffer(data[:4088], np.uint8)))
+    assert at("<Q", data, 4088)[0] == int(checksums.xxh64(np.frombuffer(data[:4088], np.uint8)))
     # the scale of a header is the float32 that a file keeps
     assert read_header(path).scale == float(np.float32(0.3))
 
@@ -153,7 +146,7 @@ def test_uneven_pieces_write_the_same_file(codec, width, tmp_path):
 def test_rows_are_encoded_on_the_way(tmp_path):
     rows = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
     for name, codec in CODECS.items():
-        with Writer(tmp_path / name, n_rows=50, width=64, codec=name) as writer:
+        with TableWriter(tmp_path / name, n_rows=50, width=64, codec=name) as writer:
             writer.add_rows(rows[:20])
             writer.add_rows(rows[20:])
             writer.finish()
@@ -317,7 +310,7 @@ def test_other_files_are_refused_by_name(tmp_path):
         read_header(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_header(tmp_path)
-    with Writer(path, n_rows=5, width=4, codec="fp32") as writer:
+    with TableWriter(path, n_rows=5, width=4, codec="fp32") as writer:
         writer.add_rows(np.zeros((2, 4), np.float32))
     with pytest.raises(CheckpointError, match="a table that was never finished"):
         read_header(writer.partial)
@@ -337,7 +330,7 @@ def forged(data: bytes, changes: dict[int, bytes]) -> bytes:
     head = bytearray(data[:header_bytes])
     for at, value in changes.items():
         head[at : at + len(value)] = value
-    head[-8:] = struct.pack("<Q", int(checks.xxh64(np.frombuffer(bytes(head[:-8]), np.uint8))))
+    head[-8:] = struct.pack("<Q", int(checksums.xxh64(np.frombuffer(bytes(head[:-8]), np.uint8))))
     return bytes(head) + data[header_bytes:]
 
 
@@ -503,12 +496,12 @@ def test_random_forgeries_never_give_a_wrong_row_or_another_exception(small, tmp
 )
 def test_tables_that_cannot_be_are_refused_before_a_file_is_made(options, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
-        Writer(tmp_path / "t", **{"n_rows": 5, "width": 64, "codec": "fp32"} | options)
+        TableWriter(tmp_path / "t", **{"n_rows": 5, "width": 64, "codec": "fp32"} | options)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_records_of_another_kind_are_refused(tmp_path):
-    with Writer(tmp_path / "t", n_rows=5, width=4, codec="fp32") as writer:
+    with TableWriter(tmp_path / "t", n_rows=5, width=4, codec="fp32") as writer:
         for wrong in (np.zeros((2, 4), np.float32), np.zeros((2, 15), np.uint8), np.zeros(16, np.uint8)):
             with pytest.raises(ConfigError, match=r"takes records of uint8 \[N, 16\]; got"):
                 writer.add(wrong)
@@ -517,7 +510,7 @@ def test_records_of_another_kind_are_refused(tmp_path):
 
 def test_too_many_rows_and_missing_rows_are_refused(tmp_path):
     records = some_records(6, 4, "fp32")
-    with Writer(tmp_path / "t", n_rows=5, width=4, codec="fp32") as writer:
+    with TableWriter(tmp_path / "t", n_rows=5, width=4, codec="fp32") as writer:
         writer.add(records[:4])
         with pytest.raises(ConfigError, match="has 5 rows; 6 were added"):
             writer.add(records[:2])
@@ -531,7 +524,7 @@ def test_too_many_rows_and_missing_rows_are_refused(tmp_path):
 
 def test_a_finished_or_closed_writer_says_so(tmp_path):
     records = some_records(5, 4, "fp32")
-    with Writer(tmp_path / "t", n_rows=5, width=4, codec="fp32") as writer:
+    with TableWriter(tmp_path / "t", n_rows=5, width=4, codec="fp32") as writer:
         writer.add(records)
         writer.finish()
         for call in (lambda: writer.add(records[:0]), writer.finish):

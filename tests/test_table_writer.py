@@ -14,10 +14,10 @@ import pytest
 
 from alone import run_alone, started
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.kernels import checks
-from engram_lm.tables import format as packed
-from engram_lm.tables.format import MAGIC, PAGE, read_header, verify
-from engram_lm.tables.writer import Writer
+from engram_lm.kernels import checksums
+from engram_lm.storage import format as packed
+from engram_lm.storage.format import MAGIC, PAGE, read_header, verify
+from engram_lm.storage.writer import TableWriter
 
 OLD = b"the file that was there"
 # 2 records a page, 30 pages
@@ -32,7 +32,7 @@ def records(n_rows: int = N_ROWS, n_bytes: int = 1400, seed: int = 0) -> np.ndar
 def write_on(path: Path, record_NR: np.ndarray | None = None, **options) -> int:
     """Go on from where the file is, to the end, in uneven pieces. Returns the row that it went on with."""
     record_NR = records() if record_NR is None else record_NR
-    with Writer(path, n_rows=len(record_NR), **(OPTIONS | options)) as writer:
+    with TableWriter(path, n_rows=len(record_NR), **(OPTIONS | options)) as writer:
         start = writer.rows_done
         for piece in np.split(record_NR[start:], np.cumsum(PIECES)):
             writer.add(piece)
@@ -49,9 +49,9 @@ def whole(tmp_path) -> bytes:
     return path.read_bytes()
 
 
-def left_behind(path: Path, n_rows: int) -> Writer:
+def left_behind(path: Path, n_rows: int) -> TableWriter:
     """A closed writer that added `n_rows` rows."""
-    with Writer(path, n_rows=N_ROWS, **OPTIONS) as writer:
+    with TableWriter(path, n_rows=N_ROWS, **OPTIONS) as writer:
         writer.add(records()[:n_rows])
     return writer
 
@@ -131,7 +131,7 @@ def test_killed_between_the_final_header_and_the_rename(whole, tmp_path, monkeyp
     def die(*_):
         raise KeyboardInterrupt
 
-    with Writer(path, n_rows=N_ROWS, **OPTIONS) as writer:
+    with TableWriter(path, n_rows=N_ROWS, **OPTIONS) as writer:
         writer.add(records())
         monkeypatch.setattr(os, "replace", die)
         with pytest.raises(KeyboardInterrupt):
@@ -170,7 +170,7 @@ def test_killed_at_random_times(tmp_path):
 import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
-from engram_lm.tables.writer import Writer
+from engram_lm.storage.writer import Writer
 
 path, rng = Path(sys.argv[1]), random.Random(0)
 rows = np.random.default_rng(0).integers(0, 256, (60_000, 1024), dtype=np.uint8)
@@ -241,12 +241,12 @@ def test_records_of_several_pages_are_taken_over_whole(tmp_path):
     """Three pages a record: a record of which one page is wrong is written anew."""
     path, rows = tmp_path / "t", records(12, 9000)
     options = {"n_rows": 12, "width": 9000, "codec": "fp8_e4m3"}
-    with Writer(path, **options) as writer:
+    with TableWriter(path, **options) as writer:
         writer.add(rows[:7])
     data = bytearray(writer.partial.read_bytes())
     data[PAGE * (1 + 5 * 3 + 1)] ^= 1
     writer.partial.write_bytes(data)
-    with Writer(path, **options) as writer:
+    with TableWriter(path, **options) as writer:
         assert writer.rows_done == 5
         writer.add(rows[5:])
         writer.finish()
@@ -270,7 +270,7 @@ def test_the_partial_file_of_another_table_is_refused_and_kept(other, finished, 
     def die(*_):
         raise KeyboardInterrupt
 
-    with contextlib.suppress(KeyboardInterrupt), Writer(path, n_rows=N_ROWS, **OPTIONS) as writer:
+    with contextlib.suppress(KeyboardInterrupt), TableWriter(path, n_rows=N_ROWS, **OPTIONS) as writer:
         writer.add(records()[: N_ROWS if finished else 20])
         if finished:
             monkeypatch.setattr(os, "replace", die)
@@ -281,7 +281,7 @@ def test_the_partial_file_of_another_table_is_refused_and_kept(other, finished, 
     with pytest.raises(
         CheckpointError, match=r"t.partial holds part of another table\. Finish that one, or remove"
     ):
-        Writer(path, n_rows=N_ROWS, **(OPTIONS | other))
+        TableWriter(path, n_rows=N_ROWS, **(OPTIONS | other))
     assert writer.partial.read_bytes() == before
     # and its lock was given back
     assert write_on(path) == (N_ROWS if finished else 20)
@@ -301,10 +301,10 @@ def test_checksums_without_their_file_are_of_no_use(whole, tmp_path):
 def test_a_second_writer_is_refused_and_harms_nothing(whole, tmp_path):
     path = tmp_path / "t"
     n_files = len(os.listdir("/proc/self/fd"))
-    with Writer(path, n_rows=N_ROWS, **OPTIONS) as writer:
+    with TableWriter(path, n_rows=N_ROWS, **OPTIONS) as writer:
         writer.add(records()[:31])
         with pytest.raises(CheckpointError, match=r"t\.partial is being written by another writer"):
-            Writer(path, n_rows=N_ROWS, **OPTIONS)
+            TableWriter(path, n_rows=N_ROWS, **OPTIONS)
         writer.add(records()[31:])
         writer.finish()
     assert path.read_bytes() == whole
@@ -321,7 +321,7 @@ def test_of_writers_that_begin_at_once_one_writes(whole, tmp_path):
         def begin(gate=gate, opened=opened, refused=refused) -> None:
             gate.wait()
             try:
-                writer = Writer(path, n_rows=N_ROWS, **OPTIONS)
+                writer = TableWriter(path, n_rows=N_ROWS, **OPTIONS)
                 writer.add(records()[:50])
                 opened.append(writer)
             except CheckpointError:
@@ -351,7 +351,7 @@ sys.stdin.read()
     with started(code, path, stdin=subprocess.PIPE) as other:
         assert other.stdout.readline() == "locked\n"
         with pytest.raises(CheckpointError, match="is being written by another writer"):
-            Writer(path, n_rows=N_ROWS, **OPTIONS)
+            TableWriter(path, n_rows=N_ROWS, **OPTIONS)
         other.send_signal(signal.SIGKILL)
         assert other.wait() == -signal.SIGKILL
     write_on(path)
@@ -364,7 +364,7 @@ sys.stdin.read()
 def test_discard_removes_what_was_written_and_nothing_else(tmp_path):
     path = tmp_path / "t"
     path.write_bytes(OLD)
-    with Writer(path, n_rows=N_ROWS, **OPTIONS) as writer:
+    with TableWriter(path, n_rows=N_ROWS, **OPTIONS) as writer:
         writer.add(records()[:40])
         writer.discard()
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
@@ -375,7 +375,7 @@ def test_discard_removes_what_was_written_and_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
     # but never another writer's
     writer = left_behind(path, 40)
-    with Writer(path, n_rows=N_ROWS, **OPTIONS) as second:
+    with TableWriter(path, n_rows=N_ROWS, **OPTIONS) as second:
         with pytest.raises(CheckpointError, match="is being written by another writer"):
             writer.discard()
         assert second.partial.exists()
@@ -383,7 +383,7 @@ def test_discard_removes_what_was_written_and_nothing_else(tmp_path):
 
 def test_a_writer_that_is_left_keeps_its_file(tmp_path):
     path = tmp_path / "t"
-    with contextlib.suppress(ZeroDivisionError), Writer(path, n_rows=N_ROWS, **OPTIONS) as writer:
+    with contextlib.suppress(ZeroDivisionError), TableWriter(path, n_rows=N_ROWS, **OPTIONS) as writer:
         writer.add(records()[:40])
         1 / 0  # noqa: B018
     assert write_on(path) == 40
@@ -427,7 +427,7 @@ def test_a_full_disk_leaves_the_old_file_and_is_named(n_bytes, whole, tmp_path):
 def test_after_a_failed_write_nothing_follows(tmp_path):
     """Rows added behind a page that was written by half would be other rows."""
     path = tmp_path / "t"
-    with Writer(path, n_rows=N_ROWS, **OPTIONS) as writer:
+    with TableWriter(path, n_rows=N_ROWS, **OPTIONS) as writer:
         writer.add(records()[:10])
         with room_for(3 * PAGE), pytest.raises(CheckpointError, match="cannot be written"):
             writer.add(records()[10:30])
@@ -457,7 +457,7 @@ def test_a_failure_at_the_end_leaves_the_old_file(name, whole, tmp_path, monkeyp
 
 def test_an_interrupted_write_is_continued(whole, tmp_path, monkeypatch):
     path, calls = tmp_path / "t", []
-    sums = checks.page_sums
+    sums = checksums.page_sums
 
     def interrupted(data, out):
         calls.append(None)
@@ -466,7 +466,7 @@ def test_an_interrupted_write_is_continued(whole, tmp_path, monkeypatch):
         sums(data, out)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checks, "page_sums", interrupted)
+        patch.setattr(checksums, "page_sums", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write_on(path)
     assert 0 < write_on(path) < N_ROWS
@@ -477,10 +477,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"none/t\.partial cannot be written: No such file or directory"
     ):
-        Writer(tmp_path / "none" / "t", n_rows=N_ROWS, **OPTIONS)
+        TableWriter(tmp_path / "none" / "t", n_rows=N_ROWS, **OPTIONS)
     (tmp_path / "t.partial").mkdir()
     with pytest.raises(CheckpointError, match=r"t\.partial cannot be written: Is a directory"):
-        Writer(tmp_path / "t", n_rows=N_ROWS, **OPTIONS)
+        TableWriter(tmp_path / "t", n_rows=N_ROWS, **OPTIONS)
 
 
 @pytest.mark.slow
@@ -512,7 +512,7 @@ print((peak() - before) // 1024)
 
 def test_missing_rows_and_too_many_change_nothing(whole, tmp_path):
     path = tmp_path / "t"
-    with Writer(path, n_rows=N_ROWS, **OPTIONS) as writer:
+    with TableWriter(path, n_rows=N_ROWS, **OPTIONS) as writer:
         writer.add(records()[:59])
         with pytest.raises(ConfigError, match="wants 60 rows; 59 were added"):
             writer.finish()

@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from engram_lm import cli
+from engram_lm.bases import base, smollm2, tokenizer
+from engram_lm.bases.recipes import byte_tokenizer
+from engram_lm.bases.tokenizer import load_tokenizer
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.train import base, smollm2, tokenizer
-from engram_lm.train.recipes import byte_tokenizer
-from engram_lm.train.tokenizer import load_tokenizer
 
 WORDS = ["the", "office", "dog"]
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file  # noqa: E402
 import engram_lm  # noqa: E402
 from engram_lm import cli  # noqa: E402
 from engram_lm.errors import ConfigError, DataError, IdentityError  # noqa: E402
-from engram_lm.runs import run as run_module  # noqa: E402
-from engram_lm.runs.config import TrainConfig  # noqa: E402
-from engram_lm.runs.measure import held_out_loss  # noqa: E402
-from engram_lm.runs.metrics import read_metrics  # noqa: E402
-from engram_lm.runs.run import train  # noqa: E402
-from engram_lm.runs.trainer import last_checkpoint  # noqa: E402
+from engram_lm.training import run as run_module  # noqa: E402
+from engram_lm.training.config import TrainConfig  # noqa: E402
+from engram_lm.training.measure import held_out_loss  # noqa: E402
+from engram_lm.training.metrics import read_metrics  # noqa: E402
+from engram_lm.training.run import train  # noqa: E402
+from engram_lm.training.trainer import last_checkpoint  # noqa: E402
 from runs_support import TINY, command_line, tiny_config, write_text  # noqa: E402
 
 
@@ -183,8 +183,8 @@ def test_a_cut_run_of_epochs_with_accumulation_and_documents_goes_on_bit_for_bit
 
 
 def test_memory_alone_on_a_frozen_base(text, tmp_path, cut_at):
+    from engram_lm.bases.base import load_base
     from engram_lm.identity import fingerprint_of
-    from engram_lm.train.base import load_base
 
     base = load_base("scratch:tiny", report=lambda line: None)
     base.model.save_pretrained(tmp_path / "base")
@@ -296,7 +296,7 @@ def test_text_is_looked_for_before_a_base_is_loaded(text, tmp_path, monkeypatch)
     def loaded(*given, **options):
         raise AssertionError("a base was loaded")
 
-    monkeypatch.setattr("engram_lm.runs.prepared.load_base", loaded)
+    monkeypatch.setattr("engram_lm.training.setup.load_base", loaded)
     (tmp_path / "empty.txt").write_text("")
     for name in ("nothing.txt", "empty.txt"):
         with pytest.raises(DataError, match=name):
@@ -410,7 +410,7 @@ KILLED = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from engram_lm.runs import run, trainer
+from engram_lm.training import run, trainer
 where, at = sys.argv[1], int(sys.argv[2])
 def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if where == "step":
@@ -511,7 +511,7 @@ def test_lora_and_memory_on_smollm2(one_thread_and_own_cache, text, tmp_path, cu
 
 @pytest.mark.slow
 def test_lora_and_memory(text, tmp_path, cut_at):
-    from engram_lm.train.base import load_base
+    from engram_lm.bases.base import load_base
 
     base = load_base("scratch:tiny", report=lambda line: None)
     base.model.save_pretrained(tmp_path / "base")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import Trainer, TrainingArguments  # noqa: E402
 
 import engram_lm  # noqa: E402
+from engram_lm.bases.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
 from engram_lm.config import MemoryConfig  # noqa: E402
 from engram_lm.errors import (  # noqa: E402
     CheckpointError,
@@ -19,9 +20,9 @@ from engram_lm.errors import (  # noqa: E402
     RowUpdateError,
     StateError,
 )
-from engram_lm.runs.trainer import WHOLE, MemoryTrainer, last_checkpoint, load_checkpoint  # noqa: E402
-from engram_lm.tables import LoggedTable, Writer  # noqa: E402
-from engram_lm.train.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+from engram_lm.storage import TableWriter  # noqa: E402
+from engram_lm.tables import LoggedTable  # noqa: E402
+from engram_lm.training.trainer import WHOLE, MemoryTrainer, last_checkpoint, load_checkpoint  # noqa: E402
 
 RECIPE = Recipe(
     name="doll", vocab_size=258, hidden_size=32, layers=2, heads=2, key_value_heads=1, intermediate_size=64
@@ -226,7 +227,7 @@ def on_disk(model, directory):
     base = directory / "base.engram"
     if not base.exists():
         facts = dict(slot.scheme.identity.facts)
-        with Writer(
+        with TableWriter(
             base, n_rows=slot.table.n_rows, width=slot.table.width, codec="fp32", identity=facts
         ) as writer:
             writer.add_rows(slot.table.rows_view().numpy())

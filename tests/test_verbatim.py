@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from engram_lm.errors import ConfigError
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.library.verbatim import verbatim_runs
 
 V = 50
@@ -16,7 +16,7 @@ NAMED = [Document(id="a"), Document(id="b")]
 
 def snapshot_of(documents, *, names=None):
     names = names or [Document(id=str(k)) for k in range(len(documents))]
-    return Snapshot([View(Segment.build(documents, vocab_size=V, documents=names))], vocab_size=V)
+    return Snapshot([LiveSegment(Segment.build(documents, vocab_size=V, documents=names))], vocab_size=V)
 
 
 def test_runs_are_found_with_their_documents():

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, MissingExtraError, StateError
 from engram_lm.identity import tokenizer_fingerprint
-from engram_lm.index.store import Store
+from engram_lm.index.store import Index
 from engram_lm.mixing import FixedLambda, memory_processor
 from engram_lm.mixing.features import NAMES
 from engram_lm.mixing.gate import Gate
@@ -40,7 +40,7 @@ def words():
 @pytest.fixture
 def directory(tmp_path, words):
     rng = np.random.default_rng(0)
-    with Store.create(tmp_path / "index", vocab_size=M, tokenizer=tokenizer_fingerprint(words)) as store:
+    with Index.create(tmp_path / "index", vocab_size=M, tokenizer=tokenizer_fingerprint(words)) as store:
         store.add([(name, rng.integers(2, M, 40)) for name in "abc"])
         store.add([("secret", rng.integers(2, M, 40))], tenant="acme")
     return tmp_path / "index"
@@ -64,7 +64,7 @@ def a_gate(**changes):
 
 def contexts_of(directory, tenant="public"):
     """Three contexts that memory knows more and less of."""
-    with Store.open(directory) as store:
+    with Index.open(directory) as store:
         tokens = {document.id: store.get(document.id, tenant)[1] for document in store.documents(tenant)}
     first = next(iter(tokens.values()))
     return [first[:12], first[20:23], np.array([5, 6])]
@@ -173,7 +173,7 @@ def test_another_tenants_documents_change_no_bit(directory, words):
         mixed = logits.clone()
         live.step(mixed, [Row(at=0, last=context, generated=0, part=live.part(RequestOptions()))])
         seen.append(mixed)
-        with Store.open(directory, "write") as store:
+        with Index.open(directory, "write") as store:
             store.add([("more", context)], tenant="acme", replace="yes")
     assert torch.equal(*seen)
 
@@ -206,7 +206,7 @@ def test_rows_are_mixed_as_in_transformers(directory, words, tmp_path, which):
     for at, context in zip([0, 1, 4], contexts, strict=True):
         prompt = torch.tensor(context[:-2].astype(np.int64))[None]
         processor = memory_processor(
-            Store.open(directory).snapshot(), gate, prompt, rules=live.rules, record="nothing"
+            Index.open(directory).snapshot(), gate, prompt, rules=live.rules, record="nothing"
         )
         whole = torch.tensor(context.astype(np.int64))[None]
         assert torch.allclose(mixed[at], processor(whole, logits[at : at + 1])[0], atol=1e-6)
@@ -226,7 +226,7 @@ def test_requests_with_different_options_share_a_step(directory, words):
         live.step(alone, [row])
         assert torch.equal(alone[row.at], together[row.at])
     assert torch.equal(together[3], logits[3])
-    snapshot = Store.open(directory).snapshot().restricted(["b"])
+    snapshot = Index.open(directory).snapshot().restricted(["b"])
     processor = memory_processor(
         snapshot, FixedLambda(0.4), torch.tensor(context.astype(np.int64))[None], rules=live.rules
     )
@@ -263,7 +263,7 @@ def test_changes_are_seen_at_the_next_step_and_a_lost_index_is_no_error(director
         return mixed
 
     before = now()
-    with Store.open(directory, "write") as store:
+    with Index.open(directory, "write") as store:
         store.add([("new", [9, 9, 9, 77, 9, 9, 9, 77])])
         added = now()
         store.delete("new")
@@ -294,7 +294,7 @@ def test_what_does_not_fit_is_refused_when_the_server_starts(directory, words, t
     with pytest.raises(IdentityError, match="not for ffffffffffff"):
         a_live(directory, words, lam=None, gate=str(fitted))
     a_live(directory, words, lam=None, gate=str(fitted), model="trust")
-    with Store.create(tmp_path / "other", vocab_size=M, tokenizer="another"):
+    with Index.create(tmp_path / "other", vocab_size=M, tokenizer="another"):
         pass
     with pytest.raises(IdentityError, match="another"):
         a_live(tmp_path / "other", words)

@@ -14,7 +14,7 @@ import torch
 import transformers as hf
 
 from engram_lm.identity import tokenizer_fingerprint
-from engram_lm.index.store import Store
+from engram_lm.index.store import Index
 from engram_lm.mixing import FixedLambda, memory_processor
 from engram_lm.mixing.features import NAMES
 from engram_lm.mixing.gate import Gate
@@ -45,7 +45,7 @@ def place(tmp_path_factory):
     model.save_pretrained(place / "model")
     words.save_pretrained(place / "model")
     rng = np.random.default_rng(0)
-    with Store.create(place / "index", vocab_size=V, tokenizer=tokenizer_fingerprint(words)) as store:
+    with Index.create(place / "index", vocab_size=V, tokenizer=tokenizer_fingerprint(words)) as store:
         store.add([(name, rng.integers(2, V, 40)) for name in "abcd"])
         store.add([("secret", rng.integers(2, V, 40))], tenant="acme")
     F = len(NAMES)
@@ -103,7 +103,7 @@ def wanted(model, words, ids, n, snapshot, gate):
 def test_every_token_is_transformers(place, runner):
     model = hf.AutoModelForCausalLM.from_pretrained(place / "model").eval()
     words = hf.AutoTokenizer.from_pretrained(place / "model")
-    snapshot = Store.open(place / "index").snapshot()
+    snapshot = Index.open(place / "index").snapshot()
     gate = Gate.load(place / "gate.json")
     texts = [snapshot.views[0].segment.document_tokens(d).astype(int).tolist() for d in range(4)]
     prompts = [texts[0][:9], texts[1][5:8], [7, 8, 9], texts[2][30:39], texts[3][:20], [20, 21]]
@@ -140,7 +140,7 @@ def test_every_token_is_transformers(place, runner):
 def test_installed_and_not_set_up_it_changes_nothing(place, runner):
     model = hf.AutoModelForCausalLM.from_pretrained(place / "model").eval()
     words = hf.AutoTokenizer.from_pretrained(place / "model")
-    snapshot = Store.open(place / "index").snapshot()
+    snapshot = Index.open(place / "index").snapshot()
     batch = [{"ids": [7, 8, 9], "extra_args": None, "max_tokens": 9}]
     ((one,),) = served(place, runner, None, [batch])
     tokens, log_p = wanted(model, words, [7, 8, 9], 9, snapshot, None)

@@ -16,7 +16,7 @@ import numpy as np
 
 from engram_lm.errors import EngramError
 from engram_lm.index.segment import Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 
 SEEDS, EACH, VOCAB = 2, 60, 500
 LARGE = ("tokens", "order", "next", "before")
@@ -76,7 +76,7 @@ def save_hostile(segment, path, rng, n):
 
 
 def ask(path, document, counts):
-    snapshot = Snapshot([View(Segment.open(path))], vocab_size=VOCAB)
+    snapshot = Snapshot([LiveSegment(Segment.open(path))], vocab_size=VOCAB)
     for count in ("tokens", "documents", "sources"):
         snapshot.score(document[:80], count=count)
         p = snapshot.distribution(document[:40], count=count).p

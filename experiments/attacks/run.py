@@ -24,23 +24,25 @@ import torch
 from documents import handbook, read_facts
 from hostile import hostile_segments
 
+from engram_lm.bases.base import load_base
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.library.encoding import TextEncoder
 from engram_lm.mixing import default_gate, memory_processor
-from engram_lm.mixing.gate import Reading
+from engram_lm.mixing.gate import LookupConfig
 from engram_lm.mixing.identity import rules_of
+from engram_lm.mixing.lookups import read_text
 from engram_lm.mixing.mix import TokenRules
-from engram_lm.mixing.reading import read_text
 from engram_lm.mixing.scoring import score_text
-from engram_lm.train.base import load_base
 
 PARTS = ("repetition", "endings", "triggers", "turns", "refusals", "frequent", "hostile")
 COPIES, SEGMENTS, FACTS = 1000, 16, 24
 # what protects: reading as the shipped gate does, or capped by source too; "off" counts every token and mutes nothing
 READINGS = {
-    "off": Reading(count="tokens"), "documents": Reading(count="documents"), "sources": Reading(count="sources"),
-}  # fmt: skip
+    "off": LookupConfig(count="tokens"),
+    "documents": LookupConfig(count="documents"),
+    "sources": LookupConfig(count="sources"),
+}
 REFUSALS = (
     "I'm sorry, but I can't help with that.", "I cannot help with that request.",
     "Sorry, I am not able to answer this question.", "As an AI, I cannot assist with that.",
@@ -90,7 +92,7 @@ class Bench:
         encode = encode or self.encoder.encode_all
         ids = encode([text for _, text in texts])
         return [
-            View(
+            LiveSegment(
                 Segment.build(
                     ids[i::n],
                     vocab_size=self.encoder.vocab_size,

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from engram_lm.operate.report import readable_bytes
+from engram_lm.cachesim.report import readable_bytes
 
 HERE = Path(__file__).resolve().parent
 INK, GRID, STATIC, LIMIT = "#222222", "#e6e6e6", "#5d6d7e", "#b8b8b8"

@@ -22,9 +22,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 
 from engram_lm.addressing import PROFILES, SHIPPED, resolve
-from engram_lm.operate.report import as_dict, as_hashed
-from engram_lm.operate.requests import Requests, load_tokenizer, read_requests
-from engram_lm.operate.simulate import simulate
+from engram_lm.bases.tokenizer import load_tokenizer
+from engram_lm.cachesim.report import as_dict, as_hashed
+from engram_lm.cachesim.requests import Requests, read_requests
+from engram_lm.cachesim.simulate import simulate
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent / "benchmarks"))

@@ -21,14 +21,14 @@ sys.path.insert(0, str(HERE.parent / "instant_adaptation"))
 import gate_texts
 from gate_texts import HANDBOOK, chosen, halves, plan_texts, read_model
 
-from engram_lm.index.compressed import Blended, bytes_of
+from engram_lm.bases.base import load_base
+from engram_lm.index.compressed import BlendedSnapshot, bytes_of
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.mixing.fit import Examples, examples_of, lambdas, report
 from engram_lm.mixing.gate import default_gate
 from engram_lm.mixing.identity import rules_of
-from engram_lm.mixing.reading import read_text, tail
-from engram_lm.train.base import load_base
+from engram_lm.mixing.lookups import read_text, tail
 from engram_lm.vocab import TokenMap
 
 SIZES = (1, 10, None)
@@ -65,7 +65,7 @@ def main():
         names = pool[:n]
         exact = Snapshot(
             [
-                View(
+                LiveSegment(
                     Segment.build(
                         [documents[i] for i in names], vocab_size=V, documents=[Document(id=i) for i in names]
                     )
@@ -81,7 +81,7 @@ def main():
                 "seconds to make": time.process_time() - begin,
             }  # fmt: skip
         for share in SHARES:
-            memory = Blended(exact, tokens, share=share) if share else exact
+            memory = BlendedSnapshot(exact, tokens, share=share) if share else exact
             parts = [
                 examples(text, head, memory, gate, rules, head_VD)
                 for text, head in zip(plan, heads, strict=True)

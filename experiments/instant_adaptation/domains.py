@@ -22,7 +22,7 @@ from gate_texts import BOOKS, documents
 
 from engram_lm.adapt.texts import MOST_COPIED, WINDOW, Window, copied, split, window_of
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.library.encoding import TextEncoder
 
 DOMAINS = {
@@ -62,7 +62,7 @@ class Domain:
             [self.documents[name] for name in names], vocab_size=self.vocab_size,
             documents=[Document(id=name) for name in names],
         )  # fmt: skip
-        return Snapshot([View(segment)], vocab_size=self.vocab_size)
+        return Snapshot([LiveSegment(segment)], vocab_size=self.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,12 @@ import torch
 from gate_texts import documents
 
 from engram_lm.adapt.answers import Answers, Question
-from engram_lm.adapt.kept import Kept
+from engram_lm.adapt.kept import ResultRows
 from engram_lm.eval.intervals import mean_interval
 from engram_lm.library import Library, Text
 from engram_lm.library.choosing import Chooser
 from engram_lm.mixing import FixedLambda, memory_processor
-from engram_lm.mixing.reading import read_next
+from engram_lm.mixing.lookups import read_next
 
 ARMS = ("alone", "memory", "memory 0.3", "memory top 3", "retrieval", "both", "oracle")
 WORDINGS = ("verbatim", "paraphrased")
@@ -395,7 +395,7 @@ def abstaining(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # ---- questions in a chat ----------------------------------------------------------------------------------------------
 
 
-def ask_questions(setting: Any, kept: Kept, *, n: int) -> dict[str, Any]:
+def ask_questions(setting: Any, kept: ResultRows, *, n: int) -> dict[str, Any]:
     """Real questions in the chat template, decoded; memory as `engram-lm generate --index` uses it."""
     texts = texts_of(setting.data)
     facts = [fact for fact in read_facts(setting.data, texts, 40) if fact.relation in QUESTIONS]

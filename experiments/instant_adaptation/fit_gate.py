@@ -21,12 +21,12 @@ from gate_texts import HANDBOOK, Text, chosen, corpora, halves, plan_texts, read
 
 from engram_lm.identity import print_of
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.mixing.fit import Examples, calibrate, draw_calibration, examples_of, fit_gate, report
-from engram_lm.mixing.gate import Gate, Reading
+from engram_lm.mixing.gate import Gate, LookupConfig
 from engram_lm.mixing.identity import model_print, rules_of
+from engram_lm.mixing.lookups import read_text, tail
 from engram_lm.mixing.mix import TokenRules
-from engram_lm.mixing.reading import read_text, tail
 
 HERE = Path(__file__).parent
 GATE = HERE.parents[1] / "src" / "engram_lm" / "mixing" / "gate-smollm2.json"
@@ -42,7 +42,7 @@ def memory_of(documents: dict[str, np.ndarray], names: list[str], vocab_size: in
         vocab_size=vocab_size,
         documents=[Document(id=name) for name in names],
     )
-    return Snapshot([View(segment)], vocab_size=vocab_size)
+    return Snapshot([LiveSegment(segment)], vocab_size=vocab_size)
 
 
 class Collector:
@@ -62,7 +62,7 @@ class Collector:
                         set(pool[:n]),
                     )
 
-    def collect(self, reading: Reading, *, draws: int = 3) -> dict[str, Examples]:
+    def collect(self, reading: LookupConfig, *, draws: int = 3) -> dict[str, Examples]:
         """Examples by use: fit, bound, check."""
         self.reading = reading
         others = [key for key in self.memories if key[0] != HANDBOOK]
@@ -114,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from engram_lm.train.base import load_base
+    from engram_lm.bases.base import load_base
 
     # documents are longer than the model's context; only windows of them are read
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -129,7 +129,7 @@ def main() -> None:
 
     results, shipped = [], None
     for count, discount in (("tokens", 0.5), ("tokens", 0.75), ("tokens", 0.9), ("documents", 0.75)):
-        reading = Reading(count=count, discount=discount)
+        reading = LookupConfig(count=count, discount=discount)
         parts = collector.collect(reading)
         for kind in ("logistic", "mlp"):
             for weight in (0.5, 1.0, 2.0, 4.0) if kind == "logistic" else (2.0,):

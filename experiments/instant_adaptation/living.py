@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from engram_lm.adapt.arms import Arms
-from engram_lm.index.store import Store
+from engram_lm.index.store import Index
 from engram_lm.mixing import memory_processor
-from engram_lm.mixing.reading import read_next
+from engram_lm.mixing.lookups import read_next
 
 NEW, BEHIND, STEPS = " Zanzibar", 8, 16
 
@@ -27,7 +27,7 @@ def measure_living(setting: Any, *, times: int) -> dict[str, Any]:
     shutil.rmtree(root, ignore_errors=True)
     domain = setting.domains["handbook"]
     options = {"vocab_size": domain.vocab_size, "tokenizer": setting.encoder.first_print}
-    with Store.create(root, **options, merging="by hand") as writer, Store.open(root) as reader:
+    with Index.create(root, **options, merging="by hand") as writer, Index.open(root) as reader:
         writer.add((name, domain.documents[name]) for name in domain.indexed)
         prompts = [
             domain.documents[name][:24].astype(np.int64)
@@ -58,7 +58,7 @@ def measure_living(setting: Any, *, times: int) -> dict[str, Any]:
 class Generation:
     """Greedy, with a cache; `step` gives the mixed logits before the next token."""
 
-    def __init__(self, setting: Any, reader: Store, prompt: np.ndarray) -> None:
+    def __init__(self, setting: Any, reader: Index, prompt: np.ndarray) -> None:
         self.model, self.reader = setting.model, reader
         self.ids, self.chunk, self.cache = prompt.tolist(), prompt.tolist(), None
         self.processor = memory_processor(
@@ -83,7 +83,7 @@ class Generation:
         self.chunk = [token]
 
 
-def one_run(setting: Any, writer: Store, reader: Store, prompt: np.ndarray, n: int) -> dict[str, float]:
+def one_run(setting: Any, writer: Index, reader: Index, prompt: np.ndarray, n: int) -> dict[str, float]:
     new = int(setting.encoder.encode(NEW)[0])
     before = Generation(setting, reader, prompt)
     for _ in range(STEPS):
@@ -143,7 +143,7 @@ def one_run(setting: Any, writer: Store, reader: Store, prompt: np.ndarray, n: i
     }  # fmt: skip
 
 
-def after_delete(setting: Any, writer: Store, reader: Store) -> dict[str, Any]:
+def after_delete(setting: Any, writer: Index, reader: Index) -> dict[str, Any]:
     """Log-probabilities of windows before a document is added, while it is there, after its deletion, and after a merge."""
     from domains import general_windows, windows_of
 

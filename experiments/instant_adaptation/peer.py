@@ -21,7 +21,7 @@ from perplexity import RETRIEVED_FOR_GENERAL, Perplexity
 from engram_lm.adapt.report import perplexities
 from engram_lm.mixing import onepass
 from engram_lm.mixing.features import features
-from engram_lm.mixing.reading import Memory, evidence
+from engram_lm.mixing.lookups import Lookups, evidence
 from engram_lm.mixing.scoring import combine
 
 SEPARATOR = 65_535
@@ -95,7 +95,7 @@ def scored(
     depth, count, distinct, count_below, distinct_below, top = integers_T.T
     p, top_p, entropy = numbers_T.T
     muted = setting.rules.mute(window.ids[window.given :])
-    memory = Memory(
+    memory = Lookups(
         depth=depth, count=count, distinct=distinct, count_below=count_below, distinct_below=distinct_below,
         documents=np.minimum(count, 16), entropy=entropy, top=np.where(setting.rules.mute(top), -1, top), top_p=top_p,
         p=np.where(muted, 0.0, p),

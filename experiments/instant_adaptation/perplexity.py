@@ -8,7 +8,7 @@ from typing import Any
 from domains import Domain, Windows, general_windows, windows_of
 
 from engram_lm.adapt.arms import ARMS, Arms
-from engram_lm.adapt.kept import Kept
+from engram_lm.adapt.kept import ResultRows
 from engram_lm.adapt.passages import Passages
 from engram_lm.adapt.report import perplexities
 from engram_lm.adapt.texts import Window
@@ -36,7 +36,7 @@ class Perplexity:
         todo = [window for row in itertools.zip_longest(*lists) for window in row if window is not None]
         return todo[: self.most]
 
-    def run(self, kept: Kept) -> None:
+    def run(self, kept: ResultRows) -> None:
         todo, begun = self.todo(), time.perf_counter()
         for n, window in enumerate(todo, 1):
             if kept.has("alone", window.key):
@@ -71,7 +71,7 @@ class Perplexity:
             self.setting.facts[f"BM25 of {domain.name}, CPU seconds"] = round(time.process_time() - begun, 2)
         return self.passages[domain.name]
 
-    def results(self, kept: Kept) -> dict[str, Any]:
+    def results(self, kept: ResultRows) -> dict[str, Any]:
         keys = {window.key for window in self.todo()}
         rows = [row for arm in ARMS for row in kept.rows(arm) if row["key"] in keys]
         # every row of a window that was finished, no other

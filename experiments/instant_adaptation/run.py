@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from domains import DOMAINS, CachedReader, Domain
 
+from engram_lm.bases.base import load_base
 from engram_lm.index.snapshot import Snapshot
 from engram_lm.library.encoding import TextEncoder
 from engram_lm.mixing import default_gate
 from engram_lm.mixing.identity import rules_of
-from engram_lm.train.base import load_base
 
 PARTS = ("perplexity", "facts", "questions", "living", "lambdas", "lora", "infini-gram")
 
@@ -109,14 +109,14 @@ def main() -> None:
 
 
 def measured(part: str, setting: Setting, windows: int, options: argparse.Namespace) -> dict[str, Any]:
-    from engram_lm.adapt.kept import Kept
+    from engram_lm.adapt.kept import ResultRows
 
     out = setting.out
     if part == "perplexity":
         from perplexity import Perplexity
 
         kept, run = (
-            Kept(out / "perplexity", {"base": setting.base.sha256}),
+            ResultRows(out / "perplexity", {"base": setting.base.sha256}),
             Perplexity(setting, windows, options.most),
         )
         run.run(kept)
@@ -129,7 +129,7 @@ def measured(part: str, setting: Setting, windows: int, options: argparse.Namesp
         from facts import ask_questions
 
         return ask_questions(
-            setting, Kept(out / "questions", {"base": setting.base.sha256}), n=options.questions
+            setting, ResultRows(out / "questions", {"base": setting.base.sha256}), n=options.questions
         )
     if part == "living":
         from living import measure_living

@@ -24,14 +24,14 @@ from decoding import Answer, Start, argmax, decode, prefill
 from documents import DATA, Fact, Page, handbook, passages, read_facts
 from ideas import Pointer, Quote
 
+from engram_lm.bases.base import load_base
 from engram_lm.index.segment import Document, Segment
-from engram_lm.index.snapshot import Snapshot, View
+from engram_lm.index.snapshot import LiveSegment, Snapshot
 from engram_lm.library.choosing import Chooser
 from engram_lm.library.encoding import TextEncoder
 from engram_lm.mixing import FixedLambda, default_gate, memory_processor
 from engram_lm.mixing.identity import rules_of
 from engram_lm.mixing.pointing import COVERAGE, Pointing
-from engram_lm.train.base import load_base
 
 SIZES, TOP = (1, 8, 100), (1, 3, 5)
 MOST = 24
@@ -76,7 +76,7 @@ class Asker:
             self.encoder.encode_all(page.text for page in pages.values()), vocab_size=self.encoder.vocab_size,
             documents=[Document(id=name) for name in pages],
         )  # fmt: skip
-        return Snapshot([View(segment)], vocab_size=self.encoder.vocab_size)
+        return Snapshot([LiveSegment(segment)], vocab_size=self.encoder.vocab_size)
 
     # ---- prompts ------------------------------------------------------------------------------------------------------
 

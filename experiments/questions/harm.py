@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from engram_lm.mixing import FixedLambda
+from engram_lm.mixing.lookups import read_text
 from engram_lm.mixing.pointing import COVERAGE, Pointing, point
-from engram_lm.mixing.reading import read_text
 from engram_lm.mixing.scoring import score_text
 
 WINDOW, PROMPT_TOKENS = 512, 64

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.ablation.report import NAMES, by_arm, change, counted, draw_picture, perplexity
-from engram_lm.eval.measured import Measured, load
+from engram_lm.eval.result import Result, load
 from engram_lm.eval.tables import between, plain, signed, table
 from engram_lm.whole import write_whole
 
@@ -46,7 +46,7 @@ def read_arms() -> Arms:
     return by_arm([json.loads(path.read_text(encoding="utf8")) for path in sorted(RESULTS.glob("*.json"))])
 
 
-def measured(arm: str, measure: str, seed: int = 0) -> Measured | None:
+def measured(arm: str, measure: str, seed: int = 0) -> Result | None:
     path = RESULTS / f"{arm}-{seed}" / f"{measure}.json"
     return load(path) if path.exists() else None
 
@@ -85,12 +85,12 @@ def perplexities(arms: Arms) -> str:
     return table(["arm", *(f"{name}" for name in TEXTS.values())], rows)
 
 
-def _state(found: Measured) -> str:
+def _state(found: Result) -> str:
     """ "none" for a model without rows, else "on"."""
     return "none" if any(value.memory == "none" for value in found.values) else "on"
 
 
-def share(found: Measured, name: str, *, of: str, memory: str) -> str:
+def share(found: Result, name: str, *, of: str, memory: str) -> str:
     one = found.value(name, of=of, memory=memory)
     ends = "" if one.interval is None else f" ({100 * one.interval[0]:.0f}–{100 * one.interval[1]:.0f})"
     return f"{100 * one.value:.0f} %{ends}"
@@ -116,7 +116,7 @@ def facts(arms: Arms) -> str:
     return table(head, rows)
 
 
-def _fact_cells(found: Measured, state: str) -> list[str]:
+def _fact_cells(found: Result, state: str) -> list[str]:
     names = ("said in full", "first among answers")
     return [share(found, name, of=of, memory=state) for name in names for of in ("verbatim", "paraphrased")]
 

@@ -28,8 +28,8 @@ _HOME = {
     "save_memory": "attachment",
     "trace": "attachment",
     "use_table": "attachment",
-    "MemoryTrainer": "runs.trainer",
-    "load_base": "train.base",
+    "MemoryTrainer": "training.trainer",
+    "load_base": "bases.base",
 }
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604

@@ -239,7 +239,7 @@ def _token_log(path: Path) -> None:
 
 
 def _byte_tokenizer(path: Path) -> None:
-    from engram_lm.train.recipes import byte_tokenizer
+    from engram_lm.bases.recipes import byte_tokenizer
 
     byte_tokenizer().backend_tokenizer.save(str(path))
 

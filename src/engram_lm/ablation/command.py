@@ -10,8 +10,8 @@ from engram_lm.ablation.plan import Plan, arms_of
 from engram_lm.ablation.run import ablate, require_ready
 from engram_lm.errors import ConfigError
 from engram_lm.extras import missing
-from engram_lm.runs.command import numbers
-from engram_lm.runs.config import TrainConfig, read_options
+from engram_lm.training.command import numbers
+from engram_lm.training.config import TrainConfig, read_options
 
 _FINISHED, _INTERRUPTED = 0, 130
 
@@ -54,7 +54,7 @@ def ablate_command(given: dict[str, Any]) -> int:
         import transformers  # noqa: F401
     except ImportError as error:
         raise missing(f"ablate needs torch, transformers, peft and matplotlib ({error})", "hf") from error
-    from engram_lm.runs.progress import shown_progress
+    from engram_lm.training.progress import shown_progress
 
     state = ablate(
         plan,

@@ -2,7 +2,7 @@
 
     losses_of(model, blocks)      BlockLosses(sums=[...], counts=[...]): nats and predicted tokens of each block
 
-A block is `sequence_length` ids of one stream of documents (see `engram_lm.train.data`); it does not see the one before.
+A block is `sequence_length` ids of one stream of documents (see `engram_lm.corpus.blocks`); it does not see the one before.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from engram_lm.ablation.plan import HELD_OUT
+from engram_lm.corpus.blocks import Blocks, pack
+from engram_lm.corpus.tokenised import tokenise
 from engram_lm.errors import DataError
-from engram_lm.runs.config import TrainConfig
-from engram_lm.train.corpus import tokenise
-from engram_lm.train.data import Blocks, pack
+from engram_lm.training.config import TrainConfig
 
 
 class BlockLosses(NamedTuple):

@@ -13,7 +13,7 @@
 Data, order, steps, seed and schedule are the same. Pretrained bases are frozen but where the table says otherwise.
 
     plan = Plan(shared=TrainConfig(base="smollm2", data=("corpus.jsonl",)), arms=("memory", "one-row"), seeds=(0,))
-    plan.config("one-row", 0, sizes)         # a TrainConfig for engram_lm.runs
+    plan.config("one-row", 0, sizes)         # a TrainConfig for engram_lm.training
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from typing import Any
 from engram_lm.ablation.arms import MEMORY_ARMS, control
 from engram_lm.ablation.sizes import Sizes
 from engram_lm.errors import ConfigError
-from engram_lm.runs.config import PER_CALL, TrainConfig
+from engram_lm.training.config import PER_CALL, TrainConfig
 
 SCRATCH_ARMS = (*MEMORY_ARMS, "none", "wide-ffn", "fast-embedding")
 RETROFIT_ARMS = (*MEMORY_ARMS, "none", "continued", "bias", "lora")

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 from engram_lm.ablation.plan import Plan
 from engram_lm.ablation.sizes import Sizes, sizes_of
+from engram_lm.bases.naming import find_base
+from engram_lm.corpus.text import find_files, require_documents
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.runs.progress import Progress, Quiet
-from engram_lm.train.naming import find_base
-from engram_lm.train.text import find_files, require_documents
+from engram_lm.training.progress import Progress, Quiet
 from engram_lm.whole import write_whole
 
 FORMAT, VERSION = "engram-lm ablation", 1
@@ -40,7 +40,7 @@ def ablate(
     command: str = "",
 ) -> State:
     """Train and measure every arm of `plan` that has no result yet. minutes: stop after so long, with a checkpoint."""
-    from engram_lm.runs.directory import alone_in
+    from engram_lm.training.directory import alone_in
 
     out, progress, begin_s = Path(out), progress or Quiet(), time.perf_counter()
     known = require_ready(plan, out)
@@ -117,8 +117,8 @@ def _arm(
     command: str,
 ) -> State:
     from engram_lm.ablation.measure import load_arm, losses_of, texts_of
-    from engram_lm.eval.circumstances import circumstances, described
-    from engram_lm.runs.metrics import read_metrics
+    from engram_lm.eval.environment import circumstances, described
+    from engram_lm.training.metrics import read_metrics
 
     directory, trained = out / RUNS / f"{arm}-{seed}", {}
     if plan.trains(arm):
@@ -145,7 +145,7 @@ def _arm(
         }
         model, tokenizer = load_arm(directory)
     else:
-        from engram_lm.train.base import load_base
+        from engram_lm.bases.base import load_base
 
         model, tokenizer, _ = load_base(plan.shared.base, dtype="float32", report=lambda line: None)
     begin_s, losses = time.perf_counter(), {}
@@ -175,7 +175,7 @@ def _arm(
 
 def _train(config: Any, directory: Path, progress: Progress) -> State:
     """Begin the run, or go on with it, or find it finished (killed before it was measured)."""
-    from engram_lm.runs.run import train
+    from engram_lm.training.run import train
 
     facts = directory / "run.json"
     if facts.exists() and json.loads(facts.read_text(encoding="utf8"))["state"] == "finished":
@@ -213,7 +213,7 @@ def _require_same(out: Path, before: dict[str, Any], plan: Plan) -> None:
 
 def _digests(plan: Plan) -> dict[str, str]:
     """sha256 of every file that arms are trained and measured on, by name."""
-    from engram_lm.eval.circumstances import described
+    from engram_lm.eval.environment import described
 
     every = [path for files in (list(plan.shared.data), *plan.texts.values()) for path in find_files(files)]
     return {str(path): one["sha256"] for path, one in zip(every, described(every), strict=True)}

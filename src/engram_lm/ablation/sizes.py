@@ -11,7 +11,7 @@ scratch recipes (gate, up, down).
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engram_lm.runs.config import TrainConfig
+from engram_lm.training.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def sizes_of(config: TrainConfig, *, train_from: int | None = None) -> Sizes:
 
     from engram_lm.attachment import attach, memories
     from engram_lm.attachment.structure import find_decoder
-    from engram_lm.train.base import load_base
+    from engram_lm.bases.base import load_base
 
     own = {"text_files": list(config.data), "seed": config.seed} if config.is_scratch else {}
     model, tokenizer, ref = load_base(config.base, dtype="float32", report=lambda line: None, **own)

@@ -5,7 +5,7 @@
     answers.ask(questions[0])                                 # a row for each arm
 
 A question is answered where the greedy answer of up to 24 tokens holds the answer word for word, whatever its case.
-Memory asks of the documents that the question is about (`show.indexed`). Retrieved are the three best passages.
+Memory asks of the documents that the question is about (`terminal.indexed`). Retrieved are the three best passages.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engram_lm.corpus.text import json_lines, read_lines
 from engram_lm.errors import DataError
-from engram_lm.show.indexed import Indexed
-from engram_lm.train.text import json_lines, read_lines
+from engram_lm.terminal.indexed import Indexed
 
 MOST, TOP = 24, 3
 TEXT = "Use the following text to answer the question.\n\n{text}\n\nQuestion: {question}"
@@ -73,7 +73,7 @@ class Answers:
     ) -> list[dict[str, Any]]:
         """passage: a text for the arm "oracle", which reads it in the prompt."""
         # here, as it brings torch: questions are read and checked without
-        from engram_lm.show.speaking import prompt_ids, speak
+        from engram_lm.terminal.speaking import prompt_ids, speak
 
         rows = []
         for arm in arms:

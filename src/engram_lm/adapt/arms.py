@@ -24,8 +24,8 @@ import numpy as np
 
 from engram_lm.adapt.texts import Window
 from engram_lm.mixing.gate import FixedLambda, Lambda
+from engram_lm.mixing.lookups import Lookups, read_text
 from engram_lm.mixing.mix import TokenRules
-from engram_lm.mixing.reading import Memory, read_text
 from engram_lm.mixing.scoring import score_text
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Arms:
         """(log P, lambda, CPU seconds) of the last tokens of ids, as many as there are logits."""
         begun, n = time.process_time(), len(logits_TV) + 1
         memory = read_text(snapshot, ids, self.rules, gate.reading)
-        memory = Memory(**{name: getattr(memory, name)[-n:] for name in Memory.__dataclass_fields__})
+        memory = Lookups(**{name: getattr(memory, name)[-n:] for name in Lookups.__dataclass_fields__})
         found = score_text(ids[-n:], logits_TV, memory, snapshot, gate, rules=self.rules)
         return found["log_p"], found["lam"], time.process_time() - begun
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram_lm.adapt.kept import Kept
+from engram_lm.adapt.kept import ResultRows
 from engram_lm.adapt.report import markdown, perplexities
 from engram_lm.adapt.texts import LEAST, MOST_COPIED, WINDOW, Window, copied, split, window_of
 from engram_lm.errors import ConfigError, DataError
@@ -40,9 +40,9 @@ def adapt_command(
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; --out names a directory.")
     from engram_lm.adapt.answers import read_questions
+    from engram_lm.bases.naming import find_model
     from engram_lm.library import read_texts
-    from engram_lm.show.indexed import load_any, named_gate
-    from engram_lm.train.naming import find_model
+    from engram_lm.terminal.indexed import load_any, named_gate
 
     find_model(name)
     named_gate(gate, lam)
@@ -56,7 +56,7 @@ def adapt_command(
     general_texts = list(itertools.islice(_general(general), windows))
     model, tokenizer = load_any(name)
     settings = _settings(name, model, texts, general_texts, windows=windows, gate=gate, lam=lam, seed=seed)
-    kept = Kept(out / "rows", settings)
+    kept = ResultRows(out / "rows", settings)
     with _library(out / "index", tokenizer, texts) as library:
         run = _Run(model, tokenizer, library, kept, gate=gate, lam=lam, windows=windows, seed=seed)
         run.read(general_texts)
@@ -77,12 +77,12 @@ class _Run:
     """One model, one library, one directory of rows."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, library: Library, kept: Kept, *, gate: Path | None, lam: float | None,
+        self, model: Any, tokenizer: Any, library: Library, kept: ResultRows, *, gate: Path | None, lam: float | None,
         windows: int, seed: int,
     ) -> None:  # fmt: skip
         from engram_lm.adapt.arms import Arms, ModelReader
         from engram_lm.mixing.identity import rules_of
-        from engram_lm.show.indexed import chosen_gate
+        from engram_lm.terminal.indexed import chosen_gate
 
         self.model, self.tokenizer, self.library, self.kept, self.windows = (
             model,
@@ -249,7 +249,7 @@ def report(results: dict[str, Any]) -> str:
 
 def _general(files: list[str]) -> Iterator[tuple[str, str]]:
     """(name, text) of documents of these files; long ones are cut, so that one book gives many texts."""
-    from engram_lm.train.text import read_documents
+    from engram_lm.corpus.text import read_documents
 
     if not files:
         return

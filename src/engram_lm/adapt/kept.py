@@ -17,7 +17,7 @@ from engram_lm.errors import ConfigError
 SETTINGS = "settings.json"
 
 
-class Kept:
+class ResultRows:
     """Rows below a directory. settings: what the rows depend on, plain data."""
 
     def __init__(self, directory: Path, settings: dict[str, Any]) -> None:

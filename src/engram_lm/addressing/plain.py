@@ -1,4 +1,4 @@
-"""Row addresses in plain NumPy: the readable twin of `kernels.hashing`, equal to it in every bit.
+"""Row addresses in plain NumPy: the readable twin of `addressing.hashing`, equal to it in every bit.
 
     x_d     = the id d places back, or the fill id where look-back stopped
     mix_n   = x_0 m_0 XOR x_1 m_1 XOR ... XOR x_{n-1} m_{n-1}            (arXiv 2601.07372, hashing of suffix N-grams)

@@ -89,7 +89,7 @@ class AddressScheme:
         out_BTC      where to write, for loops over long inputs: fresh memory costs as much as the addresses in it
         check        "raise" (TokenIdError names the first id outside) or "none" (ids known to be right)
         """
-        from engram_lm.kernels import hashing
+        from engram_lm.addressing import hashing
 
         if check not in ("raise", "none"):
             raise ConfigError(f"check is {check!r}; wanted 'raise' or 'none'.")

@@ -24,7 +24,7 @@ from engram_lm.attachment.controls import put_control
 from engram_lm.attachment.files import from_pretrained, load_memory, save_memory, save_pretrained
 from engram_lm.attachment.memory import Memory, build_memory, profile_of
 from engram_lm.attachment.placement import open_rows, use_table
-from engram_lm.attachment.reading import NoiseRows, OneRow, OtherRows, Reading, reading
+from engram_lm.attachment.reading import Intervention, NoiseRows, OneRow, OtherRows, reading
 from engram_lm.attachment.runtime import MemoryRuntime, recording
 from engram_lm.attachment.structure import find_decoder
 from engram_lm.config import MemoryConfig
@@ -162,12 +162,12 @@ def _remember_saving(model: nn.Module) -> None:
 
 
 __all__ = [
+    "Intervention",
     "Memory",
     "MemoryConfig",
     "NoiseRows",
     "OneRow",
     "OtherRows",
-    "Reading",
     "attach",
     "chosen_memories",
     "detach",

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engram_lm.attachment.reading import OneRow, Reading
+from engram_lm.attachment.reading import Intervention, OneRow
 
 if TYPE_CHECKING:
-    from engram_lm.attachment.memory import Memory, MemorySlot
+    from engram_lm.attachment.memory import Memory, MemoryLayer
 
 # Standard deviation of frozen rows: what trained rows have (0.07 and 0.09 in the demo's memory).
 FROZEN_STD = 0.08
@@ -29,7 +29,7 @@ FROZEN_STD = 0.08
 _GAMMA = 0x1E3779B97F4A7C15
 
 
-class DealtRows(Reading):
+class DealtRows(Intervention):
     """Row x of a head of p rows becomes row (x + s) mod p, with s fresh for each sequence of each step of training.
 
     One to one, so that as many rows are read, and two places that share a row still do; but what a row learns in one step
@@ -38,7 +38,7 @@ class DealtRows(Reading):
     would let a position read the row of an n-gram that is still to come.)
     """
 
-    def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
+    def addresses(self, slot: "MemoryLayer", address_BTC: Tensor) -> Tensor:
         device = address_BTC.device
         size_C = torch.tensor(slot.scheme.moduli, device=device)
         first_C = torch.tensor(slot.scheme.offsets, device=device)
@@ -77,6 +77,6 @@ def put_control(memory: "Memory") -> None:
         memory.enabled = control == "bias"
 
 
-def add_bias(slot: "MemorySlot", hidden: Tensor) -> Tensor:
+def add_bias(slot: "MemoryLayer", hidden: Tensor) -> Tensor:
     """hidden [B, T, D], [B, T, M, D] or [B, T, M*D] plus the slot's vector, float [M, D]."""
     return hidden + slot.bias.to(hidden.dtype).view(hidden.shape[2:])

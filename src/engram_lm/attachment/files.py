@@ -41,11 +41,11 @@ from engram_lm.attachment.card import card
 from engram_lm.attachment.memory import RUN
 from engram_lm.attachment.placement import Tier
 from engram_lm.attachment.rows import find_rows, packed_name, read_tensors
+from engram_lm.bases.base import load_base, quiet_libraries
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import CheckpointError, EngramError
 from engram_lm.identity import BaseRef, fingerprint_of, require_base
 from engram_lm.tables import LoggedTable
-from engram_lm.train.base import load_base, quiet_libraries
 from engram_lm.vocab import TokenMap
 
 FORMAT, VERSION = "engram-lm memory", 1

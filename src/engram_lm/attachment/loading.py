@@ -6,8 +6,8 @@ model, tokenizer = load_any("my-memory")
 from pathlib import Path
 from typing import Any
 
-from engram_lm.train.base import load_base, quiet_libraries
-from engram_lm.train.naming import holds_memory, require_memory
+from engram_lm.bases.base import load_base, quiet_libraries
+from engram_lm.bases.naming import holds_memory, require_memory
 
 
 def load_any(name: str | Path) -> tuple[Any, Any]:

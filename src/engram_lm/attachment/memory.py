@@ -1,6 +1,6 @@
 """One memory: its token map, address schemes, tables, and the layers that read them.
 
-`Memory` is the plain object; `MemorySlot` is the module that sits in the model and holds what autograd trains: the Engram
+`Memory` is the plain object; `MemoryLayer` is the module that sits in the model and holds what autograd trains: the Engram
 layer and the table's one-element handle. Rows are in neither's state_dict.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engram_lm.addressing import PROFILES, AddressScheme, Profile, resolve
 from engram_lm.addressing.device import DeviceAddresses
-from engram_lm.attachment.reading import Reading
+from engram_lm.attachment.reading import Intervention
 from engram_lm.attachment.structure import Decoder
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError, ModelError
@@ -25,7 +25,7 @@ from engram_lm.vocab import TokenMap
 RUN = "_extra_state"
 
 
-class MemorySlot(EngramLayer):
+class MemoryLayer(EngramLayer):
     """The Engram layer before one block, with the handle of its table."""
 
     def __init__(
@@ -58,7 +58,7 @@ class MemorySlot(EngramLayer):
         self.canonical_of_raw = torch.from_numpy(canonical).to(device)
         self.on_device = DeviceAddresses(self.scheme, device=device)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> "MemorySlot":
+    def _apply(self, *args: Any, **kwargs: Any) -> "MemoryLayer":
         super()._apply(*args, **kwargs)
         device = self.key_norm.device
         if device.type != "meta" and device != self.canonical_of_raw.device:
@@ -99,7 +99,7 @@ class Memory:
         self.config, self.token_map, self.schemes, self.slots = config, token_map, schemes, slots
         self.enabled = True
         # what is read in place of its own addresses and rows, see attachment.reading
-        self.reading: Reading | None = None
+        self.reading: Intervention | None = None
         self._dead = np.array(config.dead_token_ids, dtype=np.int64)
 
     def __deepcopy__(self, memo: dict) -> "Memory":
@@ -156,7 +156,7 @@ class Memory:
             for slot, here in zip(self.slots, near, strict=True)
         ]
 
-    def _address_on_cpu(self, slot: MemorySlot, window: Window, canonical_BS: np.ndarray) -> Tensor:
+    def _address_on_cpu(self, slot: MemoryLayer, window: Window, canonical_BS: np.ndarray) -> Tensor:
         scheme = slot.scheme
         if window.take_BT is not None:
             return window.chunk_of(torch.from_numpy(scheme.addresses(canonical_BS)))
@@ -169,7 +169,7 @@ class Memory:
             )
         )
 
-    def _address_on_device(self, slot: MemorySlot, window: Window) -> Tensor:
+    def _address_on_device(self, slot: MemoryLayer, window: Window) -> Tensor:
         # documents are packed without a cache alone, so starts and window have one length
         address_BSC = slot.on_device(slot.canonical_of_raw[window.ids_BS], starts_BT=window.starts_BT)
         return window.chunk_of(address_BSC)
@@ -265,7 +265,7 @@ def build_memory(
             name=f"{config.name} at block {block}",
         )
         slots.append(
-            MemorySlot(
+            MemoryLayer(
                 scheme=scheme,
                 table=table,
                 block=block,

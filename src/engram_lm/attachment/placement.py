@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from engram_lm.attachment.memory import Memory, MemorySlot
+from engram_lm.attachment.memory import Memory, MemoryLayer
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError
-from engram_lm.tables.cached import CachedStore
-from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.layout import Layout
-from engram_lm.tables.store import HostStore, Store
-from engram_lm.tables.stored import StoredTable
+from engram_lm.storage.cached import CachedStore
+from engram_lm.storage.disk import DiskStore
+from engram_lm.storage.layout import Layout
+from engram_lm.storage.store import HostStore, RowStore
+from engram_lm.tables.read_only import ReadOnlyTable
 from engram_lm.vocab import TokenMap
 
 Tier = Literal["device", "host", "disk", "cached"]
@@ -26,7 +26,7 @@ def store_on(
     *,
     cache_bytes: int | None = None,
     report: Callable[[int, int], None] | None = None,
-) -> Store:
+) -> RowStore:
     """The store that reads `layout` from a tier: "host" loads it, "disk" reads it, "cached" keeps hot rows of the disk."""
     if (cache_bytes is not None) != (tier == "cached"):
         raise ConfigError("cache_bytes belongs to the tier 'cached', and to that alone.")
@@ -60,7 +60,7 @@ def use_table(model: nn.Module, block: int, table: Any, *, memory: str = "memory
     return model
 
 
-def put_table(slot: MemorySlot, table: Any, *, model: nn.Module) -> None:
+def put_table(slot: MemoryLayer, table: Any, *, model: nn.Module) -> None:
     """Exchange a slot's table and handle."""
     old = slot.handle
     handle = table.gradients.handle
@@ -72,14 +72,14 @@ def put_table(slot: MemorySlot, table: Any, *, model: nn.Module) -> None:
 
 def open_rows(
     path: str | os.PathLike, *, tier: Tier = "disk", dtype: torch.dtype = torch.float32, **options: Any
-) -> StoredTable:
+) -> ReadOnlyTable:
     """A packed file (docs/format.md) as a table: `use_table(model, 1, open_rows("layer1.engram"))`."""
-    from engram_lm.tables.format import open_packed
+    from engram_lm.storage.format import open_packed
 
-    return StoredTable(store_on(tier, open_packed(Path(path)), **options), dtype=dtype)
+    return ReadOnlyTable(store_on(tier, open_packed(Path(path)), **options), dtype=dtype)
 
 
-def _require_fit(slot: MemorySlot, table: Any, token_map: TokenMap) -> None:
+def _require_fit(slot: MemoryLayer, table: Any, token_map: TokenMap) -> None:
     if (table.n_rows, table.width) != (slot.table.n_rows, slot.table.width):
         raise CheckpointError(
             f"Block {slot.block} reads {slot.table.n_rows:,} rows of {slot.table.width} numbers; the table has "

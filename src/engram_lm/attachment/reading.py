@@ -21,33 +21,33 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from engram_lm.attachment.memory import MemorySlot
+    from engram_lm.attachment.memory import MemoryLayer
 
 # Directions that NoiseRows draws from; a prime, so that any step below it visits all.
 _DIRECTIONS = 8191
 
 
-class Reading:
+class Intervention:
     """What slots read. This one changes nothing; others override one of the two."""
 
-    def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
+    def addresses(self, slot: "MemoryLayer", address_BTC: Tensor) -> Tensor:
         """int64 [B, T, C] in the place of `address_BTC`, once a slot and forward."""
         return address_BTC
 
-    def rows(self, slot: "MemorySlot", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
+    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
         """Rows [B, T, C, W] in the place of those at `address_BTC`."""
         return rows_BTCW
 
 
-class OneRow(Reading):
+class OneRow(Intervention):
     """Every address of a head becomes the head's row 0."""
 
-    def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
+    def addresses(self, slot: "MemoryLayer", address_BTC: Tensor) -> Tensor:
         first_C = torch.tensor(slot.scheme.offsets).to(address_BTC.device)
         return first_C.expand(address_BTC.shape).contiguous()
 
 
-class OtherRows(Reading):
+class OtherRows(Intervention):
     """Row x of a head of p rows (a prime) becomes row (a x + b) mod p, with a and b drawn for each head: one to one.
 
     At most one row of a head stays where it is.
@@ -56,7 +56,7 @@ class OtherRows(Reading):
     def __init__(self, *, seed: int) -> None:
         self.seed = seed
 
-    def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
+    def addresses(self, slot: "MemoryLayer", address_BTC: Tensor) -> Tensor:
         device = address_BTC.device
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * slot.block)
         size_C, first_C = (torch.tensor(x) for x in (slot.scheme.moduli, slot.scheme.offsets))
@@ -68,7 +68,7 @@ class OtherRows(Reading):
         return first_C + ((address_BTC - first_C) * factor_C + shift_C) % size_C
 
 
-class NoiseRows(Reading):
+class NoiseRows(Intervention):
     """A Gaussian row of the true row's norm, the same one whenever an address is read.
 
     Directions are drawn from 8,191 for a width, chosen by the address: two rows share one by accident that often.
@@ -78,7 +78,7 @@ class NoiseRows(Reading):
         self.seed = seed
         self._directions: dict[Any, Tensor] = {}
 
-    def rows(self, slot: "MemorySlot", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
+    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
         width, device = rows_BTCW.shape[-1], rows_BTCW.device
         if (width, device) not in self._directions:
             generator = torch.Generator().manual_seed(self.seed)
@@ -89,21 +89,21 @@ class NoiseRows(Reading):
         return (noise_BTCW * rows_BTCW.float().norm(dim=-1, keepdim=True)).to(rows_BTCW.dtype)
 
 
-class _Both(Reading):
+class _Both(Intervention):
     """One change after another."""
 
-    def __init__(self, first: Reading, second: Reading) -> None:
+    def __init__(self, first: Intervention, second: Intervention) -> None:
         self.first, self.second = first, second
 
-    def addresses(self, slot: "MemorySlot", address_BTC: Tensor) -> Tensor:
+    def addresses(self, slot: "MemoryLayer", address_BTC: Tensor) -> Tensor:
         return self.second.addresses(slot, self.first.addresses(slot, address_BTC))
 
-    def rows(self, slot: "MemorySlot", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
+    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
         return self.second.rows(slot, address_BTC, self.first.rows(slot, address_BTC, rows_BTCW))
 
 
 @contextlib.contextmanager
-def reading(model: nn.Module, change: Reading, *names: str) -> Iterator[None]:
+def reading(model: nn.Module, change: Intervention, *names: str) -> Iterator[None]:
     """Let the named memories (default: all) read through `change` inside the block, after what changes them already."""
     from engram_lm.attachment import chosen_memories
 

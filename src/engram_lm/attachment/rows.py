@@ -15,12 +15,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engram_lm.attachment.memory import MemorySlot
+from engram_lm.attachment.memory import MemoryLayer
 from engram_lm.attachment.placement import Tier, put_table, store_on
 from engram_lm.errors import CheckpointError, IdentityError
-from engram_lm.tables import HostStore, LoggedTable, StoredTable
-from engram_lm.tables.format import SUFFIX, open_packed, read_header
-from engram_lm.tables.saved import rows_layout
+from engram_lm.storage import HostStore
+from engram_lm.storage.format import SUFFIX, open_packed, read_header
+from engram_lm.storage.saved import rows_layout
+from engram_lm.tables import LoggedTable, ReadOnlyTable
 
 
 @dataclass
@@ -28,7 +29,7 @@ class SavedRows:
     """Rows found and checked. shape: (n_rows, width). put(slot, model): give the slot these rows; after all is checked."""
 
     shape: tuple[int, int]
-    put: Callable[[MemorySlot, nn.Module], None]
+    put: Callable[[MemoryLayer, nn.Module], None]
 
 
 def packed_name(stem: str) -> str:
@@ -40,7 +41,7 @@ def find_rows(
     directory: Path,
     stem: str,
     entry: dict[str, Any],
-    slot: MemorySlot,
+    slot: MemoryLayer,
     *,
     save_id: str,
     tier: Tier,
@@ -69,21 +70,21 @@ def find_rows(
         read_tensors(path, save_id, names=(), run=entry.get("run"), identity=entry["identity"])
         layout = rows_layout(path, identity=facts)
 
-    def put(slot: MemorySlot, model: nn.Module) -> None:
+    def put(slot: MemoryLayer, model: nn.Module) -> None:
         if tier == "device":
             rows_NW = HostStore.load(layout).gather(torch.arange(layout.n_rows).numpy())
             slot.table.restore({"rows": torch.from_numpy(rows_NW)})
         else:
             put_table(
                 slot,
-                StoredTable(store_on(tier, layout, cache_bytes=cache_bytes), dtype=slot.table.dtype),
+                ReadOnlyTable(store_on(tier, layout, cache_bytes=cache_bytes), dtype=slot.table.dtype),
                 model=model,
             )
 
     return SavedRows((layout.n_rows, layout.width), put)
 
 
-def _in_a_log(directory: Path, entry: dict[str, Any], slot: MemorySlot) -> SavedRows:
+def _in_a_log(directory: Path, entry: dict[str, Any], slot: MemoryLayer) -> SavedRows:
     log, table = entry["log"], slot.table
     if not isinstance(table, LoggedTable) or table.where()["log"] != log["log"]:
         raise CheckpointError(

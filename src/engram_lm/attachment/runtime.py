@@ -29,7 +29,7 @@ from engram_lm.attachment.arguments import (
     token_ids,
 )
 from engram_lm.attachment.controls import add_bias
-from engram_lm.attachment.memory import Memory, MemorySlot
+from engram_lm.attachment.memory import Memory, MemoryLayer
 from engram_lm.attachment.structure import Decoder
 from engram_lm.errors import ConfigError, ModelError, StateError
 from engram_lm.kvcache import cache_in
@@ -186,7 +186,7 @@ class MemoryRuntime:
     def _slot(
         self,
         memory: Memory,
-        slot: MemorySlot,
+        slot: MemoryLayer,
         hidden: Tensor,
         address_BTC: Tensor,
         ticket: Ticket | None,
@@ -253,7 +253,7 @@ class _BlockHook:
 
 def _record(
     memory: Memory,
-    slot: MemorySlot,
+    slot: MemoryLayer,
     hidden: Tensor,
     address_BTC: Tensor,
     rows_BTCW: Tensor,
@@ -282,7 +282,7 @@ def _record(
     )
 
 
-def _seen(window: Window, slot: MemorySlot) -> np.ndarray:
+def _seen(window: Window, slot: MemoryLayer) -> np.ndarray:
     """How many tokens back-to-back end at each token of the chunk, up to the highest order: int64 [B, T]."""
     scheme = slot.scheme
     ids_BS = window.ids_BS.cpu()

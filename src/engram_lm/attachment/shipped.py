@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.errors import CheckpointError, ConfigError, ModelError
-from engram_lm.tables import DiskStore, HostStore, Layout, Store, open_shipped
+from engram_lm.storage import DiskStore, HostStore, Layout, RowStore, open_shipped
 
-Rows = Literal["disk", "host"] | Callable[[Layout], Store]
+Rows = Literal["disk", "host"] | Callable[[Layout], RowStore]
 
 _PATCH = threading.RLock()
 _ROW_NAMES = r"ngram_embedding\."
@@ -30,7 +30,7 @@ _ROW_NAMES = r"ngram_embedding\."
 class StoredEmbedding(nn.Module):
     """`nn.Embedding` without a weight: rows [..., width] of a store at ids int64 [...], in `dtype`, on the ids' device."""
 
-    def __init__(self, store: Store, *, dtype: torch.dtype) -> None:
+    def __init__(self, store: RowStore, *, dtype: torch.dtype) -> None:
         super().__init__()
         self.store, self.dtype = store, dtype
         self.num_embeddings, self.embedding_dim = store.n_rows, store.width
@@ -104,7 +104,7 @@ def leave_rows(model: nn.Module, checkpoint: str | Path, *, rows: Rows = "disk")
     return _guarded(model, checkpoint)
 
 
-def _maker(rows: Rows) -> Callable[[Layout], Store]:
+def _maker(rows: Rows) -> Callable[[Layout], RowStore]:
     if callable(rows):
         return rows
     if rows not in ("disk", "host"):
@@ -112,7 +112,7 @@ def _maker(rows: Rows) -> Callable[[Layout], Store]:
     return DiskStore if rows == "disk" else HostStore.load
 
 
-def _replace(module: nn.Module, tables: Mapping[Any, Layout], make: Callable[[Layout], Store]) -> None:
+def _replace(module: nn.Module, tables: Mapping[Any, Layout], make: Callable[[Layout], RowStore]) -> None:
     old, layout = module.ngram_embedding, tables.get(module.layer_idx)
     if layout is None:
         raise CheckpointError(
@@ -134,7 +134,7 @@ def _replace(module: nn.Module, tables: Mapping[Any, Layout], make: Callable[[La
 
 
 @contextlib.contextmanager
-def _without_rows(tables: Mapping[Any, Layout], make: Callable[[Layout], Store]) -> Iterator[None]:
+def _without_rows(tables: Mapping[Any, Layout], make: Callable[[Layout], RowStore]) -> Iterator[None]:
     """While a model is built: every n-gram embedding becomes a StoredEmbedding before weights are looked for, and the rows
     in the files are no surprise to the loader. from_pretrained builds on the meta device, so nothing is allocated."""
     from transformers.models.qwen4_exp import modeling_qwen4_exp as modeling

@@ -48,7 +48,7 @@ def fit(
     plot
         Draw lambda against the lambda that would have been best, into this file.
     """
-    from engram_lm.show.gates import fit_command
+    from engram_lm.terminal.gates import fit_command
 
     fit_command(
         model,
@@ -90,6 +90,6 @@ def report(
     plot
         Draw the calibration into this file.
     """
-    from engram_lm.show.gates import report_command
+    from engram_lm.terminal.gates import report_command
 
     report_command(path, as_json=json, plot=plot, index=index, tenant=tenant, strict=strict)

@@ -206,7 +206,7 @@ def train(
         auto takes an accelerator where there is one (auto).
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    from engram_lm.runs.command import train_command
+    from engram_lm.training.command import train_command
 
     return train_command(given)
 
@@ -297,7 +297,7 @@ def generate(
     color
         auto: on a terminal, and not where NO_COLOR is set.
     """
-    from engram_lm.show.command import generate_command
+    from engram_lm.terminal.command import generate_command
 
     generate_command(
         model,
@@ -355,7 +355,7 @@ def trace(
     json
         Print JSON with all addresses instead of tables.
     """
-    from engram_lm.show.command import trace_command
+    from engram_lm.terminal.command import trace_command
 
     trace_command(directory, text, block=block, branch=branch, limit=limit, as_json=json)
 
@@ -378,6 +378,6 @@ def demo(
     color
         auto: on a terminal, and not where NO_COLOR is set.
     """
-    from engram_lm.show.demo import demo_command
+    from engram_lm.terminal.demo import demo_command
 
     demo_command(memory=memory, max_new_tokens=max_new_tokens, color=color)

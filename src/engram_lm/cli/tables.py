@@ -99,7 +99,7 @@ def simulate(
         PNG file for the curves.
     """
     from engram_lm.addressing.command import parse_ids
-    from engram_lm.operate.report import simulate_command
+    from engram_lm.cachesim.report import simulate_command
 
     printed = simulate_command(
         tokens=tokens,
@@ -144,7 +144,7 @@ def info(path: Path, *, layer: str | None = None, json: Flag = False) -> int:
     json
         Print JSON.
     """
-    from engram_lm.operate.table_commands import info_command
+    from engram_lm.tabletools.commands import info_command
 
     return info_command(path, layer=layer, as_json=json)
 
@@ -162,7 +162,7 @@ def verify(path: Path, *, layer: str | None = None, json: Flag = False) -> int:
     json
         Print JSON.
     """
-    from engram_lm.operate.table_commands import verify_command
+    from engram_lm.tabletools.commands import verify_command
 
     return verify_command(path, layer=layer, as_json=json)
 
@@ -182,7 +182,7 @@ def stats(path: Path, *, layer: str | None = None, sample: int | None = None, js
     json
         Print JSON.
     """
-    from engram_lm.operate.table_commands import stats_command
+    from engram_lm.tabletools.commands import stats_command
 
     return stats_command(path, layer=layer, sample=sample, as_json=json)
 
@@ -202,7 +202,7 @@ def rows(path: Path, addresses: IdList, *, layer: str | None = None, json: Flag 
     json
         Print JSON with all numbers.
     """
-    from engram_lm.operate.table_commands import rows_command
+    from engram_lm.tabletools.commands import rows_command
 
     return rows_command(path, addresses, layer=layer, as_json=json)
 
@@ -224,7 +224,7 @@ def diff(a: Path, b: Path, *, layer: str | None = None, sample: int | None = Non
     json
         Print JSON.
     """
-    from engram_lm.operate.table_commands import diff_command
+    from engram_lm.tabletools.commands import diff_command
 
     return diff_command(a, b, layer=layer, sample=sample, as_json=json)
 
@@ -262,7 +262,7 @@ def convert(
     json
         Print JSON.
     """
-    from engram_lm.operate.table_commands import convert_command
+    from engram_lm.tabletools.commands import convert_command
 
     return convert_command(
         source, out, layer=layer, codec=codec, scale=scale, name=name, shards=shards, as_json=json
@@ -296,6 +296,6 @@ def doctor(
     json
         Print JSON.
     """
-    from engram_lm.operate.table_commands import doctor_command
+    from engram_lm.tabletools.commands import doctor_command
 
     return doctor_command(checkpoint, other, sample=sample, read_all=all, profile=profile, as_json=json)

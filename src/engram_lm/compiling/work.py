@@ -28,9 +28,9 @@ def _documents(n: int, tokens: int) -> list[tuple[str, np.ndarray, str]]:
 
 
 def _filled(directory: Path, vocab_size: int) -> Any:
-    from engram_lm.index.store import Store
+    from engram_lm.index.store import Index
 
-    store = Store.create(directory, vocab_size=vocab_size, tokenizer="none", merging="by hand")
+    store = Index.create(directory, vocab_size=vocab_size, tokenizer="none", merging="by hand")
     documents = _documents(12, 1500)
     store.add(documents[:8])
     store.add(documents[8:])
@@ -86,7 +86,7 @@ def mix() -> None:
 
 def read(directory: Path) -> None:
     """Rows of every codec from memory, from disk and read ahead; caches of rows; addresses."""
-    from engram_lm.tables import CODECS
+    from engram_lm.storage import CODECS
 
     for codec in CODECS:
         _read(directory / codec, codec)
@@ -95,9 +95,9 @@ def read(directory: Path) -> None:
 
 
 def _written(path: Path, codec: str, width: int = 64) -> Any:
-    from engram_lm.tables import Writer, open_packed, verify
+    from engram_lm.storage import TableWriter, open_packed, verify
 
-    with Writer(path, n_rows=400, width=width, codec=codec) as writer:
+    with TableWriter(path, n_rows=400, width=width, codec=codec) as writer:
         writer.add_rows(np.zeros((400, width), np.float32))
         writer.finish()
     verify(path)
@@ -105,7 +105,7 @@ def _written(path: Path, codec: str, width: int = 64) -> Any:
 
 
 def _read(path: Path, codec: str) -> None:
-    from engram_lm.tables import CachedStore, DiskStore, HostStore
+    from engram_lm.storage import CachedStore, DiskStore, HostStore
 
     layout, address, out = _written(path, codec), np.arange(40), np.zeros((40, 64), np.float32)
     for store in (
@@ -123,7 +123,7 @@ def _read(path: Path, codec: str) -> None:
 
 
 def _read_logged(directory: Path) -> None:
-    from engram_lm.tables import DiskStore, LoggedStore
+    from engram_lm.storage import DiskStore, LoggedStore
 
     store = LoggedStore(DiskStore(_written(directory / "base", "fp32")), directory / "log")
     rows = np.arange(20)
@@ -142,9 +142,9 @@ def _scheme() -> Any:
 
 def simulate() -> None:
     """Caches of rows, simulated."""
-    from engram_lm.operate.requests import Requests
-    from engram_lm.operate.simulate import POLICIES
-    from engram_lm.operate.simulate import simulate as play
+    from engram_lm.cachesim.requests import Requests
+    from engram_lm.cachesim.simulate import POLICIES
+    from engram_lm.cachesim.simulate import simulate as play
 
     tokens_Q = np.full(4, 50)
     requests = Requests(

@@ -2,8 +2,8 @@
 
     engram-lm eval my-memory --text held-out.txt --training corpus.jsonl --facts probes.jsonl --out report
 
-    subject.py       any model, in a state of its memory: what it says about token ids
-    measured.py      the record that every measure returns, and its files
+    evaluated_model.py   any model, in a state of its memory: what it says about token ids
+    result.py        the record that every measure returns, and its files
     intervals.py     bootstrap intervals
     tables.py        numbers in Markdown
     texts.py         documents of files, as many tokens as asked for
@@ -17,5 +17,5 @@
     report.py        report.md of a directory
     command.py       the command
 
-Each measure is a function of a `Subject` that returns a `Measured`.
+Each measure is a function of an `EvaluatedModel` that returns a `Result`.
 """

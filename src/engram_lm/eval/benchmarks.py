@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_lm.eval.intervals import drawn, interval, share_interval
-from engram_lm.eval.measured import Measured, Value
+from engram_lm.eval.result import Result, Value
 from engram_lm.eval.tasks import Item, write_task
 from engram_lm.extras import missing
 
 if TYPE_CHECKING:
-    from engram_lm.eval.subject import Subject
+    from engram_lm.eval.evaluated_model import EvaluatedModel
 
 CHANCE = "chance"
 
@@ -53,8 +53,12 @@ def settings(tasks: Mapping[str, Sequence[Item]], *, states: Sequence[str], harn
 
 
 def benchmarks(
-    subject: Subject, tasks: Mapping[str, Sequence[Item]], *, states: Sequence[str], batch_size: int = 1
-) -> Measured:
+    subject: EvaluatedModel,
+    tasks: Mapping[str, Sequence[Item]],
+    *,
+    states: Sequence[str],
+    batch_size: int = 1,
+) -> Result:
     """All tasks in every state. The harness draws its own progress on stderr."""
     harness = require_harness()
     subject.require_states(states)
@@ -71,7 +75,7 @@ def benchmarks(
             if metric != "perplexity" and name != "lambada":
                 chance = float(np.mean([1 / len(item.pairs) for item in items]))
                 values.append(Value(metric, name, CHANCE, chance, len(items), "items"))
-    return Measured(
+    return Result(
         "benchmarks", tuple(values),
         settings(tasks, states=states, harness=harness) | subject.drawn(states),
         notes=(f"lm-evaluation-harness {harness}, zero-shot, its prompts, local files.",),
@@ -79,7 +83,7 @@ def benchmarks(
     )  # fmt: skip
 
 
-def plain_choices(subject: Subject, items: Sequence[Item]) -> np.ndarray:
+def plain_choices(subject: EvaluatedModel, items: Sequence[Item]) -> np.ndarray:
     """int64 [N]: the choice with the highest log P of each item, in the present state, without the harness."""
     found = []
     for item in items:
@@ -92,7 +96,7 @@ def plain_choices(subject: Subject, items: Sequence[Item]) -> np.ndarray:
 
 
 def _run(
-    subject: Subject, names: list[str], folder: Path, state: str, batch_size: int
+    subject: EvaluatedModel, names: list[str], folder: Path, state: str, batch_size: int
 ) -> dict[str, dict[str, tuple[float, Any]]]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

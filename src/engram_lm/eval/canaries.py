@@ -27,15 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engram_lm.corpus.text import json_lines, read_lines
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.eval.facts import ranked
 from engram_lm.eval.intervals import mean_interval
-from engram_lm.eval.measured import Measured, Value
-from engram_lm.train.text import json_lines, read_lines
+from engram_lm.eval.result import Result, Value
 from engram_lm.whole import write_whole
 
 if TYPE_CHECKING:
-    from engram_lm.eval.subject import Subject
+    from engram_lm.eval.evaluated_model import EvaluatedModel
     from engram_lm.progress import Progress
 
 REPEATS = (1, 2, 4, 8, 16, 32, 64)
@@ -143,7 +143,7 @@ def read(path: Path) -> list[Canary]:
 
 
 def exposures(
-    subject: Subject, canaries: Sequence[Canary], *, references: int = REFERENCES, seed: int = 0,
+    subject: EvaluatedModel, canaries: Sequence[Canary], *, references: int = REFERENCES, seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:  # fmt: skip
     """float64 [N], bits, in the subject's present state: exposure of each canary, from 0 to log2(references + 1).
@@ -175,9 +175,9 @@ def settings(
 
 
 def exposure(
-    subject: Subject, canaries: Sequence[Canary], *, states: Sequence[str], references: int = REFERENCES,
+    subject: EvaluatedModel, canaries: Sequence[Canary], *, states: Sequence[str], references: int = REFERENCES,
     seed: int = 0, progress: Progress | None = None,
-) -> Measured:  # fmt: skip
+) -> Result:  # fmt: skip
     """Mean exposure by repeats, in every state."""
     subject.require_states(states)
     if not references >= 1:
@@ -200,7 +200,7 @@ def exposure(
             values.append(Value("exposure, bits", of, state, mean, len(chosen), "canaries", ends))
     digits = {len(canary.secret) for canary in canaries}
     space = f"10^{digits.pop()}" if len(digits) == 1 else "10^digits"
-    return Measured(
+    return Result(
         "canaries", tuple(values), settings(canaries, states=states, references=references, seed=seed),
         notes=(
             f"Exposure is −log2 of the share of {space} secrets that are at least as probable, estimated from "

@@ -17,18 +17,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from engram_lm.bases.naming import find_model
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.eval.measured import Measured, finished, load, plain, save
 from engram_lm.eval.report import TITLES, report
+from engram_lm.eval.result import Result, finished, load, plain, save
 from engram_lm.extras import missing
 from engram_lm.progress import Progress
-from engram_lm.train.naming import find_model
 from engram_lm.whole import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from engram_lm.eval.subject import Subject
+    from engram_lm.eval.evaluated_model import EvaluatedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class _Step(NamedTuple):
 
     name: str
     settings: dict[str, Any]
-    run: Callable[[Progress], Measured]
+    run: Callable[[Progress], Result]
 
 
 def eval_command(name: str, *, out: Path, options: EvalOptions, overwrite: bool, as_json: bool) -> None:
@@ -85,10 +85,10 @@ def eval_command(name: str, *, out: Path, options: EvalOptions, overwrite: bool,
     find_model(name)
     inputs = _Inputs.read(options)
     try:
-        from engram_lm.eval.subject import Subject
+        from engram_lm.eval.evaluated_model import EvaluatedModel
     except ImportError as error:
         raise missing(f"Measuring a model needs torch and transformers ({error})", "hf") from error
-    subject = Subject.load(name, device=options.device, seed=options.seed)
+    subject = EvaluatedModel.load(name, device=options.device, seed=options.seed)
     steps = _plan(subject, options, inputs)
     _require_one_model(out, steps)
     if overwrite:
@@ -153,15 +153,15 @@ class _Inputs:
 
     @classmethod
     def read(cls, options: EvalOptions) -> _Inputs:
+        from engram_lm.corpus.text import find_files
         from engram_lm.eval.benchmarks import require_harness
         from engram_lm.eval.canaries import read as read_canaries
-        from engram_lm.eval.circumstances import described
         from engram_lm.eval.consistency import read_pararel
+        from engram_lm.eval.environment import described
         from engram_lm.eval.facts import answers_of, read_facts, some
         from engram_lm.eval.perplexity import windows
         from engram_lm.eval.spans import read_spans
         from engram_lm.eval.tasks import find_benchmarks, read_items
-        from engram_lm.train.text import find_files
 
         places = find_benchmarks(options.benchmarks) if options.benchmarks else {}
         if places:
@@ -189,7 +189,7 @@ class _Inputs:
         )  # fmt: skip
 
 
-def _plan(subject: Subject, options: EvalOptions, inputs: _Inputs) -> list[_Step]:
+def _plan(subject: EvaluatedModel, options: EvalOptions, inputs: _Inputs) -> list[_Step]:
     from engram_lm.eval import benchmarks, canaries, consistency, facts, gates, perplexity
     from engram_lm.eval.texts import read_texts
 
@@ -205,7 +205,7 @@ def _plan(subject: Subject, options: EvalOptions, inputs: _Inputs) -> list[_Step
     model = {k: v for k, v in subject.facts().items() if k != "model"}
     steps: list[_Step] = []
 
-    def step(name: str, about: dict[str, Any], run: Callable[[Progress], Measured], *files: str) -> None:
+    def step(name: str, about: dict[str, Any], run: Callable[[Progress], Result], *files: str) -> None:
         read = {f"{kind} files": inputs.files[kind] for kind in files if inputs.files[kind]}
         drawn = subject.drawn(about.get("states", ()))
         steps.append(_Step(name, plain({**model, **about, **drawn, **read}), run))
@@ -290,9 +290,9 @@ def _stride(options: EvalOptions) -> int:
     return max(1, options.window // 2) if options.stride is None else options.stride
 
 
-def _training_ids(files: Sequence[str], subject: Subject) -> Iterator[np.ndarray]:
+def _training_ids(files: Sequence[str], subject: EvaluatedModel) -> Iterator[np.ndarray]:
     """Ids of every training document, tokenised once and then read from the user's cache directory."""
-    from engram_lm.train.corpus import tokenise
+    from engram_lm.corpus.tokenised import tokenise
 
     corpus = tokenise(list(files), tokenizer=subject.tokenizer)
     for n in range(len(corpus)):
@@ -300,8 +300,8 @@ def _training_ids(files: Sequence[str], subject: Subject) -> Iterator[np.ndarray
         yield corpus.document(n)[:-1]
 
 
-def _complete(measured: Measured, settings: dict[str, Any], subject: Subject) -> Measured:
-    from engram_lm.eval.circumstances import circumstances
+def _complete(measured: Result, settings: dict[str, Any], subject: EvaluatedModel) -> Result:
+    from engram_lm.eval.environment import circumstances
 
     facts = {
         **measured.facts,
@@ -322,14 +322,14 @@ def _command_line() -> str:
     )
 
 
-def _write_report(out: Path, subject: Subject) -> str:
+def _write_report(out: Path, subject: EvaluatedModel) -> str:
     results = [load(out / f"{name}.json") for name in TITLES if (out / f"{name}.json").exists()]
     told = report(results, model=subject.name, about=_about(results))
     write_whole(out / "report.md", told)
     return told
 
 
-def _about(results: Sequence[Measured]) -> list[str]:
+def _about(results: Sequence[Result]) -> list[str]:
     """Machine, versions and commit, once where they are those of every result."""
     found = [measured.facts.get("circumstances", {}) for measured in results]
     lines = {

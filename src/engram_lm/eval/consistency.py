@@ -34,10 +34,10 @@ import numpy as np
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.eval.facts import CANDIDATES, CONSTANT, others_of, ranked
 from engram_lm.eval.intervals import share_interval
-from engram_lm.eval.measured import Measured, Value
+from engram_lm.eval.result import Result, Value
 
 if TYPE_CHECKING:
-    from engram_lm.eval.subject import Subject
+    from engram_lm.eval.evaluated_model import EvaluatedModel
     from engram_lm.progress import Progress
 
 PATTERNS, OBJECTS = "graphs_json", "trex_lms_vocab"
@@ -107,9 +107,9 @@ def settings(
 
 
 def consistency(
-    subject: Subject, relations: Sequence[Relation], *, states: Sequence[str], candidates: int = CANDIDATES,
+    subject: EvaluatedModel, relations: Sequence[Relation], *, states: Sequence[str], candidates: int = CANDIDATES,
     seed: int = 0, progress: Progress | None = None,
-) -> Measured:  # fmt: skip
+) -> Result:  # fmt: skip
     """All relations in every state."""
     subject.require_states(states)
     if candidates < 1:
@@ -147,7 +147,7 @@ def consistency(
     for name in NAMES[1:]:
         values.append(Value(name, "", CONSTANT, mean, len(constant), "facts", ends))
     wordings = np.mean([len(relation.patterns) for relation in relations])
-    return Measured(
+    return Result(
         "consistency", tuple(values), settings(relations, states=states, candidates=candidates, seed=seed),
         notes=(
             f"{len(relations)} relations, {wordings:.1f} wordings each on average. The answer is the most probable of the "
@@ -158,7 +158,7 @@ def consistency(
     )  # fmt: skip
 
 
-def _choose(subject: Subject, prompt: str, answer: str, others: Sequence[str]) -> str:
+def _choose(subject: EvaluatedModel, prompt: str, answer: str, others: Sequence[str]) -> str:
     """The most probable; a tie goes to another one than the true answer, as in `facts`."""
     answers = [*others, answer]
     log_p, _ = ranked(subject, prompt, answers)

@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engram_lm.corpus.text import find_files, json_lines, read_lines
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.eval.intervals import mean_interval, share_interval
-from engram_lm.eval.measured import Measured, Value
-from engram_lm.train.text import find_files, json_lines, read_lines
+from engram_lm.eval.result import Result, Value
 
 if TYPE_CHECKING:
-    from engram_lm.eval.subject import Subject
+    from engram_lm.eval.evaluated_model import EvaluatedModel
     from engram_lm.progress import Progress
 
 CANDIDATES = 15
@@ -99,7 +99,7 @@ def others_of(answers: Sequence[str], answer: str, *, most: int, key: Sequence[A
     return [others[i] for i in sorted(order[:most])]
 
 
-def ranked(subject: Subject, prompt: str, answers: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
+def ranked(subject: EvaluatedModel, prompt: str, answers: Sequence[str]) -> tuple[np.ndarray, list[bool]]:
     """float64 [N]: log P of each answer after the prompt, in the present state; and whether greedy decoding says it."""
     pairs = [subject.pair(prompt, answer) for answer in answers]
     log_p, greedy = np.empty(len(answers)), [False] * len(answers)
@@ -132,9 +132,9 @@ def settings(
 
 
 def facts_measured(
-    subject: Subject, facts: Sequence[Fact], *, states: Sequence[str], candidates: int = CANDIDATES, seed: int = 0,
+    subject: EvaluatedModel, facts: Sequence[Fact], *, states: Sequence[str], candidates: int = CANDIDATES, seed: int = 0,
     answers: Mapping[str, Sequence[str]] | None = None, progress: Progress | None = None,
-) -> Measured:  # fmt: skip
+) -> Result:  # fmt: skip
     """All facts in every state. answers: of each relation, for candidates and the most common one; default those asked."""
     subject.require_states(states)
     if candidates < 1:
@@ -170,7 +170,7 @@ def facts_measured(
                 )
                 values.append(Value(name, kind, CONSTANT, mean, len(rows), "facts", ends))
     choices_N = np.array([1 + len(found) for found in others])
-    return Measured(
+    return Result(
         "facts", tuple(values), settings(facts, states=states, candidates=candidates, seed=seed, answers=answers),
         notes=(
             "Said in full: greedy decoding says every token of the answer. First among answers: more probable than each of "
@@ -194,7 +194,7 @@ class _Asked:
         return cls(fact, {name: float(np.mean([one[name] for one in found])) for name in found[0]})
 
 
-def _ask(subject: Subject, prompt: str, answer: str, others: Sequence[str]) -> dict[str, float]:
+def _ask(subject: EvaluatedModel, prompt: str, answer: str, others: Sequence[str]) -> dict[str, float]:
     log_p, greedy = ranked(subject, prompt, [answer, *others])
     rank = 1 + int((log_p[1:] >= log_p[0]).sum())
     return {

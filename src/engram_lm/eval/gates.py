@@ -26,12 +26,12 @@ import numpy as np
 from engram_lm.errors import ConfigError
 from engram_lm.eval.frequency import BUCKETS, Frequencies, bucket_of
 from engram_lm.eval.intervals import drawn, interval, ratio_draws
-from engram_lm.eval.measured import Measured, Value
+from engram_lm.eval.result import Result, Value
 from engram_lm.eval.spans import OUTSIDE, PLACES, Marked, place_tokens
 from engram_lm.eval.texts import Text
 
 if TYPE_CHECKING:
-    from engram_lm.eval.subject import Subject
+    from engram_lm.eval.evaluated_model import EvaluatedModel
     from engram_lm.progress import Progress
 
 ORDERS = (1, 2, 3)
@@ -58,10 +58,10 @@ def settings(
 
 
 def gates(
-    subject: Subject, *, texts: Sequence[Text] = (), marked: Mapping[str, Sequence[Marked]] | None = None,
+    subject: EvaluatedModel, *, texts: Sequence[Text] = (), marked: Mapping[str, Sequence[Marked]] | None = None,
     window: int = 512, training: Iterable[np.ndarray] | None = None, trained_on: Any = None,
     progress: Progress | None = None,
-) -> Measured:  # fmt: skip
+) -> Result:  # fmt: skip
     """Gates of every memory layer over texts, and over texts with marked entities."""
     marked = marked or {}
     subject.require_gates()
@@ -109,7 +109,7 @@ def gates(
     for group, chosen in groups.items():
         if chosen.any():
             values.append(_mean("loss saved, nats", group, "on", tokens.saved[chosen], tokens.text[chosen]))
-    return Measured(
+    return Result(
         "gates", tuple(values), settings(texts, marked, window=window, trained_on=trained_on),
         notes=(
             f"{len(read):,} texts, {len(tokens.text):,} tokens. gate: mean over branches; share: what the layer added "
@@ -133,7 +133,10 @@ class _Tokens:
 
     @classmethod
     def of(
-        cls, subject: Subject, read: list[tuple[str, np.ndarray, np.ndarray]], progress: Progress | None
+        cls,
+        subject: EvaluatedModel,
+        read: list[tuple[str, np.ndarray, np.ndarray]],
+        progress: Progress | None,
     ) -> _Tokens:
         from engram_lm.attachment import trace
 

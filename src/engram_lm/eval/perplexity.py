@@ -23,11 +23,11 @@ import numpy as np
 from engram_lm.errors import ConfigError
 from engram_lm.eval.frequency import BUCKETS, Frequencies, bucket_of
 from engram_lm.eval.intervals import interval, ratio_draws
-from engram_lm.eval.measured import Measured, Value
+from engram_lm.eval.result import Result, Value
 from engram_lm.eval.texts import STRETCH, Text, stretches
 
 if TYPE_CHECKING:
-    from engram_lm.eval.subject import Subject
+    from engram_lm.eval.evaluated_model import EvaluatedModel
     from engram_lm.progress import Progress
 
 ORDERS = (1, 2, 3)
@@ -44,7 +44,7 @@ def windows(n: int, *, window: int, stride: int) -> Iterator[tuple[int, int, int
         begin, scored = begin + stride, end
 
 
-def losses(subject: Subject, ids: np.ndarray, *, window: int, stride: int) -> np.ndarray:
+def losses(subject: EvaluatedModel, ids: np.ndarray, *, window: int, stride: int) -> np.ndarray:
     """float64 [T - 1], nats: the loss of ids[1:], in the subject's present state."""
     found = [
         -subject.log_probs(ids[begin:end], since=scored - begin)
@@ -68,9 +68,9 @@ def settings(
 
 
 def perplexity(
-    subject: Subject, texts: Sequence[Text], *, states: Sequence[str], window: int = 512, stride: int = 256,
+    subject: EvaluatedModel, texts: Sequence[Text], *, states: Sequence[str], window: int = 512, stride: int = 256,
     training: Iterable[np.ndarray] | None = None, trained_on: Any = None, progress: Progress | None = None,
-) -> Measured:  # fmt: skip
+) -> Result:  # fmt: skip
     """Perplexity of every file in every state, its change against memory off, and both by frequency.
 
     training: ids of each training document. trained_on: which they were, plain data for the settings.
@@ -114,7 +114,7 @@ def perplexity(
         notes.append(
             "n-gram seen: how often the n raw tokens before the predicted one stand in the training text."
         )
-    return Measured(
+    return Result(
         "perplexity", tuple(values),
         settings(texts, states=states, window=window, stride=stride, trained_on=trained_on) | subject.drawn(states),
         tuple(notes),

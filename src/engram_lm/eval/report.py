@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from engram_lm.eval.measured import Measured, Value
+from engram_lm.eval.result import Result, Value
 from engram_lm.eval.tables import plain, signed, table
 
 TITLES = {
@@ -39,7 +39,7 @@ _TOLD: dict[str, Callable[[float], str]] = {
 }
 
 
-def report(results: Sequence[Measured], *, model: str, about: Sequence[str] = ()) -> str:
+def report(results: Sequence[Result], *, model: str, about: Sequence[str] = ()) -> str:
     """The report's text. about: sentences on the model and the machine."""
     lines = [f"# {model}, measured", *about]
     for measured in results:

@@ -25,7 +25,7 @@ import numpy as np
 from engram_lm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from engram_lm.eval.subject import Subject
+    from engram_lm.eval.evaluated_model import EvaluatedModel
 
 OUTSIDE, INSIDE, LAST = 0, 1, 2
 PLACES = ("outside", "inside, not last", "last of an entity")
@@ -67,7 +67,7 @@ def read_spans(path: str | Path, *, most: int | None = None, seed: int = 0) -> l
     return [found[i] for i in sorted(np.random.default_rng(seed).permutation(len(found))[:most])]
 
 
-def place_tokens(subject: Subject, marked: Marked) -> tuple[np.ndarray, np.ndarray]:
+def place_tokens(subject: EvaluatedModel, marked: Marked) -> tuple[np.ndarray, np.ndarray]:
     """(ids int64 [T], place int8 [T]) of a text, aligned by character offsets; what the tokenizer begins with is outside."""
     encoded = subject.encoder.backend.encode(marked.text, add_special_tokens=False)
     ids = np.concatenate([subject.start, np.array(encoded.ids, np.int64)])

@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
+from engram_lm.corpus.text import read_lines
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.train.text import read_lines
 
 BENCHMARKS = ("lambada", "arc_easy", "arc_challenge", "piqa", "winogrande", "openbookqa")
 _NAMES = {"openbook_qa": "openbookqa", **{name: name for name in BENCHMARKS}}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from engram_lm.corpus.text import find_files, read_documents
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.train.text import find_files, read_documents
 
 STRETCH = 512
 

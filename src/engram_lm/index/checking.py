@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from engram_lm.errors import CheckpointError
+from engram_lm.index.deletes import Dead
 from engram_lm.index.manifest import Entry, mask_name, segment_name
-from engram_lm.index.masks import Dead
-from engram_lm.index.opened import Opened, open_segment, read_mask
+from engram_lm.index.reader import IndexReader, open_segment, read_mask
 from engram_lm.index.segment import Segment, sha256_of
 from engram_lm.index.segment_file import Facts, read, require_checksums, wrong_inside
 from engram_lm.index.snapshot import dead_ranks
@@ -30,7 +30,7 @@ class VerifyReport:
     bytes_read: int
 
 
-def verify(opened: Opened, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+def verify(opened: IndexReader, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
     """Read all of the newest generation. progress: (bytes read, bytes in all)."""
     while True:
         opened.reload()
@@ -42,7 +42,7 @@ def verify(opened: Opened, progress: Callable[[int, int], None] | None = None) -
                 raise
 
 
-def _verify(opened: Opened, progress: Callable[[int, int], None] | None) -> VerifyReport:
+def _verify(opened: IndexReader, progress: Callable[[int, int], None] | None) -> VerifyReport:
     manifest, directory = opened.manifest, opened.directory
     total = sum(entry.bytes for _, entry in manifest.entries())
     # all are mapped before any is read: a writer may remove them, and reading takes long
@@ -79,7 +79,7 @@ def _verify(opened: Opened, progress: Callable[[int, int], None] | None) -> Veri
     )  # fmt: skip
 
 
-def _mapped(opened: Opened, entry: Entry) -> tuple[Segment, Facts, list[Dead]]:
+def _mapped(opened: IndexReader, entry: Entry) -> tuple[Segment, Facts, list[Dead]]:
     segment = open_segment(opened.directory, opened.manifest, entry)
     facts, _ = read(opened.directory / segment_name(entry.number), verify="none")
     return segment, facts, [read_mask(opened.directory, entry, mask) for mask in entry.masks]

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import ConfigError
+from engram_lm.index.kernels.sorting import gather
+from engram_lm.index.live_segment import LiveSegment
 from engram_lm.index.segment import MAX_ORDER, Segment, occurring
 from engram_lm.index.segment_file import STRIDE, tokens_before
 from engram_lm.index.snapshot import Count, Found, Scores, Snapshot
 from engram_lm.index.sorting import nodes_of, sort_contexts, wide_intervals
-from engram_lm.index.views import View
-from engram_lm.kernels.sorting import gather
 from engram_lm.vocab import TokenMap
 
 _ALL = 2**31 - 1  # a cap that no document reaches: every token counts
@@ -74,7 +74,7 @@ def bytes_of(snapshot: Snapshot, tokens: TokenMap) -> int:
     )
 
 
-class Blended(Snapshot):
+class BlendedSnapshot(Snapshot):
     """A snapshot that says (1 - share) P_exact + share P_compressed. share: more than 0, less than 1."""
 
     def __init__(self, snapshot: Snapshot, tokens: TokenMap, *, share: float = 0.5) -> None:
@@ -110,14 +110,14 @@ class Blended(Snapshot):
         p = np.float32(1 - self.share) * exact.p + np.float32(self.share) * other.p
         return Scores(**{**vars(exact), "p": p})
 
-    def restricted(self, document_ids: Iterable[str]) -> "Blended":
-        return Blended(super().restricted(document_ids), self.tokens, share=self.share)
+    def restricted(self, document_ids: Iterable[str]) -> "BlendedSnapshot":
+        return BlendedSnapshot(super().restricted(document_ids), self.tokens, share=self.share)
 
-    def without(self, document_id: str) -> "Blended":
-        return Blended(super().without(document_id), self.tokens, share=self.share)
+    def without(self, document_id: str) -> "BlendedSnapshot":
+        return BlendedSnapshot(super().without(document_id), self.tokens, share=self.share)
 
-    def beside(self, view: View) -> "Blended":
-        return Blended(super().beside(view), self.tokens, share=self.share)
+    def with_segment(self, view: LiveSegment) -> "BlendedSnapshot":
+        return BlendedSnapshot(super().with_segment(view), self.tokens, share=self.share)
 
     def _canonical(self, ids: Sequence[int] | np.ndarray) -> np.ndarray:
         ids = np.asarray(ids, np.int64)
@@ -125,14 +125,14 @@ class Blended(Snapshot):
         return np.where(known, self.tokens.canonical[np.where(known, ids, 0)], ids)
 
 
-def _compressed_view(view: View, tokens: TokenMap) -> View:
+def _compressed_view(view: LiveSegment, tokens: TokenMap) -> LiveSegment:
     segment, at_D = compressed(view.segment, tokens), view.segment.document_at.astype(np.int64)
     dead = np.array(sorted(view.dead_documents), np.int64)
     if (at_D[dead + 1] - at_D[dead]).sum() == len(view.dead_rank):
-        return View(segment, dead_documents=view.dead_documents)
+        return LiveSegment(segment, dead_documents=view.dead_documents)
     # single places, as a session memory's end
     places = np.flatnonzero(np.isin(segment.order, view.segment.order[view.dead_rank]))
-    return View(segment, places.astype(np.uint32), view.dead_documents)
+    return LiveSegment(segment, places.astype(np.uint32), view.dead_documents)
 
 
 def _counted(count: Count, cap: int | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.kernels import checks
+from engram_lm.kernels import checksums
 
 MANIFEST = "manifest"
 MOST_BYTES = 2**28
@@ -170,7 +170,7 @@ def _entry_to_json(entry: Entry) -> dict[str, Any]:
 
 
 def _hash(text: bytes) -> int:
-    return int(checks.xxh64(np.frombuffer(text, np.uint8)))
+    return int(checksums.xxh64(np.frombuffer(text, np.uint8)))
 
 
 # ---- reading what others wrote: every error is a ValueError with one sentence ------------------------------------------

@@ -50,7 +50,7 @@ def distribution(
     cap: int = 0,
     sources: Sequence[object] | None = None,
 ) -> list[float]:
-    """The probability of every token and of `end` after `context`: order by order, from none up (kernels/chain.py)."""
+    """The probability of every token and of `end` after `context`: order by order, from none up (kernels/discounting.py)."""
     size = end + 1
     p = [1 / size] * size
     longest = depth(documents, context, end=end, most=most)

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from engram_lm.errors import CheckpointError
-from engram_lm.index.compaction import rewritten
+from engram_lm.index.kernels import rescan
 from engram_lm.index.manifest import Entry, Manifest, segment_name
+from engram_lm.index.merger import rewritten
 from engram_lm.index.segment import Segment, sha256_of
 from engram_lm.index.segment_file import STRIDE, read, tokens_before
-from engram_lm.index.snapshot import View
-from engram_lm.index.writing import Writer, to_delete
-from engram_lm.kernels import rescan
+from engram_lm.index.snapshot import LiveSegment
+from engram_lm.index.writer import IndexWriter, to_delete
 
 WINDOW = 16  # tokens
 DISTINCT = 8  # fewer different ones may stand together by chance, zeros between sections for one
@@ -48,7 +48,10 @@ class PurgeReport:
 
 
 def purge(
-    writer: Writer, tenants: Sequence[str], ids: dict[str, Sequence[str]], progress: Progress | None = None
+    writer: IndexWriter,
+    tenants: Sequence[str],
+    ids: dict[str, Sequence[str]],
+    progress: Progress | None = None,
 ) -> PurgeReport:
     """Rewrite all segments of these tenants that have deleted documents, and prove that nothing is left of those.
 
@@ -80,7 +83,9 @@ def purge(
         )  # fmt: skip
 
 
-def _views_to_purge(writer: Writer, tenants: Sequence[str], ids: dict[str, Sequence[str]]) -> dict[int, View]:
+def _views_to_purge(
+    writer: IndexWriter, tenants: Sequence[str], ids: dict[str, Sequence[str]]
+) -> dict[int, LiveSegment]:
     """By segment's number: what is deleted in it, and what is to be."""
     views = {}
     for tenant, entries in writer.manifest.tenants.items():
@@ -89,7 +94,7 @@ def _views_to_purge(writer: Writer, tenants: Sequence[str], ids: dict[str, Seque
             view = writer.opened.view(entry)
             if entry.number in more:
                 dead = view.dead_documents | more[entry.number]
-                views[entry.number] = View(view.segment, view.dead_rank, dead)
+                views[entry.number] = LiveSegment(view.segment, view.dead_rank, dead)
             elif entry.masks and tenant in tenants:
                 views[entry.number] = view
     for tenant in ids.keys() - writer.manifest.tenants.keys():
@@ -97,7 +102,7 @@ def _views_to_purge(writer: Writer, tenants: Sequence[str], ids: dict[str, Seque
     return views
 
 
-def _rewrite(writer: Writer, views: dict[int, View], progress: Progress | None) -> None:
+def _rewrite(writer: IndexWriter, views: dict[int, LiveSegment], progress: Progress | None) -> None:
     new: dict[int, Entry | None] = {}
     with writer.change() as files:
         for number, view in views.items():
@@ -159,7 +164,11 @@ class Runs:
 
 
 def _prove(
-    writer: Writer, runs: Runs, before: Manifest, views: dict[int, View], progress: Progress | None
+    writer: IndexWriter,
+    runs: Runs,
+    before: Manifest,
+    views: dict[int, LiveSegment],
+    progress: Progress | None,
 ) -> tuple[int, int, int]:
     """Read every file; (files, bytes, runs that a live document has too). CheckpointError for what should not be there."""
     of_name = {segment_name(entry.number): (tenant, entry) for tenant, entry in writer.manifest.entries()}
@@ -219,7 +228,8 @@ def _elsewhere(path: Path, segment: Segment, places: list[int], inside: list[int
 
 
 def _require_live(
-    path: Path, tenant: str, segment: Segment, number: int, before: Manifest, views: dict[int, View], writer: Writer
+    path: Path, tenant: str, segment: Segment, number: int, before: Manifest, views: dict[int, LiveSegment],
+    writer: IndexWriter,
 ) -> None:  # fmt: skip
     """The document that holds a deleted one's tokens was live before the purge, and is what it was."""
     document = segment.document(number)

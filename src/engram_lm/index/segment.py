@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
+from engram_lm.index.kernels import segment_search
+from engram_lm.index.kernels.sorting import gather
 from engram_lm.index.segment_file import (
     SECTIONS,
     STRIDE,
@@ -32,8 +34,6 @@ from engram_lm.index.segment_file import (
     wrong_inside,
 )
 from engram_lm.index.sorting import MOST_TOKENS, nodes_of, sort_contexts, wide_intervals
-from engram_lm.kernels import search
-from engram_lm.kernels.sorting import gather
 
 SUFFIX = ".segment"
 HEAVY = 8192
@@ -164,7 +164,7 @@ class Segment:
             raise TokenIdError(f"Token ids are whole numbers; got {found.dtype}.")
         context_K = np.ascontiguousarray(found, np.int64)
         low_D, high_D = np.empty(max_order + 1, np.int64), np.empty(max_order + 1, np.int64)
-        depth = search.walk(
+        depth = segment_search.walk(
             self.tokens, self.order, self.first, context_K, max_order, self.end, low_D, high_D
         )
         return Match(low_D[: depth + 1], high_D[: depth + 1])
@@ -174,7 +174,7 @@ class Segment:
         low, high = int(match.low[order]), int(match.high[order])
         if high - low > self.heavy:
             arrays = self.arrays
-            node = search.find_node(arrays["node_low"], arrays["node_high"], low, high)
+            node = segment_search.find_node(arrays["node_low"], arrays["node_high"], low, high)
             if node >= 0:
                 part = slice(int(arrays["node_at"][node]), int(arrays["node_at"][node + 1]))
                 return self._known(arrays["node_token"][part], arrays["node_count"][part])

@@ -24,7 +24,7 @@ from typing import Literal, Self
 import numpy as np
 
 from engram_lm.errors import CheckpointError
-from engram_lm.kernels import checks
+from engram_lm.kernels import checksums
 
 MAGIC = b"\x89ENGS\r\n\x1a"
 VERSION = 2
@@ -104,7 +104,7 @@ def _aligned(n_bytes: int) -> int:
 
 
 def _xxh64(data: np.ndarray) -> int:
-    return int(checks.xxh64(np.ascontiguousarray(data).view(np.uint8).reshape(-1)))
+    return int(checksums.xxh64(np.ascontiguousarray(data).view(np.uint8).reshape(-1)))
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """What one request sees: several segments without their deleted documents, asked as if they were one (docs/index.md).
 
-snapshot = Snapshot([View(segment), View(other, dead_documents=[3])], vocab_size=49_152)
+snapshot = Snapshot([LiveSegment(segment), LiveSegment(other, dead_documents=[3])], vocab_size=49_152)
 order, tokens, counts = snapshot.longest(context)      # what followed the longest suffix of the context that occurs
 found = snapshot.distribution(context)                 # found.p: float32 [V + 1], END last
 scores = snapshot.score(ids)                           # P of every token of a prompt given those before it
@@ -16,11 +16,11 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from engram_lm.errors import ConfigError, TokenIdError
+from engram_lm.index.kernels import counts, discounting, search
+from engram_lm.index.live_segment import Count, LiveSegment, dead_ranks, is_by_source, shared_sources
 from engram_lm.index.segment import MAX_ORDER, Document, Segment
-from engram_lm.index.views import Count, View, dead_ranks, is_by_source, shared_sources
-from engram_lm.kernels import chain, counting, walks
 
-__all__ = ["Count", "Found", "LiveMatch", "Orders", "Scores", "Snapshot", "View", "dead_ranks"]
+__all__ = ["Count", "Found", "LiveMatch", "LiveSegment", "Orders", "Scores", "Snapshot", "dead_ranks"]
 
 DISCOUNT = 0.75
 MOST_ORDER = 2**16 - 1
@@ -94,7 +94,7 @@ class Scores:
 class Snapshot:
     """Segments of one vocabulary, as they are now. Immutable; threads may share one."""
 
-    def __init__(self, views: Sequence[View], *, vocab_size: int) -> None:
+    def __init__(self, views: Sequence[LiveSegment], *, vocab_size: int) -> None:
         self.views, self.vocab_size = tuple(views), vocab_size
         for view in self.views:
             if view.segment.vocab_size != vocab_size:
@@ -124,7 +124,7 @@ class Snapshot:
     def match(self, context: Sequence[int] | np.ndarray, *, max_order: int = MAX_ORDER) -> LiveMatch:
         """The longest suffix of `context` (token ids, oldest first) that occurs, and every shorter one."""
         _, space, context_K, n = self._begin(context, max_order)
-        depth = walks.walk(self._plain.rows, context_K, n, max_order, self.end, *space[:3])
+        depth = search.walk(self._plain.rows, context_K, n, max_order, self.end, *space[:3])
         return LiveMatch(
             counts=space.live_D[: depth + 1].copy(),
             low_SD=space.low_SD[:, : depth + 1].copy(),
@@ -136,7 +136,7 @@ class Snapshot:
         if not 0 <= order <= match.depth:
             raise ConfigError(f"This match has the orders 0..{match.depth}; got {order}.")
         work = _work_of(self.vocab_size)
-        n = chain.continuations(
+        n = discounting.continuations(
             self._plain.rows, order, match.low_SD, match.high_SD, self.end, *work.counts, *work.sparse
         )
         return work.token_V[:n].copy(), work.out_V[:n].copy()
@@ -146,7 +146,7 @@ class Snapshot:
     ) -> tuple[int, np.ndarray, np.ndarray]:
         """How many of the last tokens of `context` occur, what followed them (ids ascending) and how often."""
         work, space, context_K, n = self._begin(context, max_order)
-        depth, n = chain.longest(
+        depth, n = discounting.longest(
             self._plain.rows, context_K, n, max_order, self.end, *space[:3], *work.counts, *work.sparse
         )
         if depth == 0:
@@ -174,7 +174,7 @@ class Snapshot:
             )
         work, space, context_K, n = self._begin(context, max_order)
         zero = self._zero
-        depth = chain.distribution(
+        depth = discounting.distribution(
             table.rows, context_K, n, max_order, self.end, discount, orders == "longest", table.serial, *space[:5],
             *work.counts[:2], work.part_V, *work.pairs_of(table), work.memo_M7, work.memo_M, zero.integers, zero.numbers,
             zero.count_V, self._p_of_order_0(discount), out, work.fact_I, work.fact_F,
@@ -213,7 +213,7 @@ class Snapshot:
         low_3SD, high_3SD = np.zeros((2, 3, len(self.views), max_order + 2), np.int64)
         integer_7T, number_3T = np.zeros((7, len(id_T)), np.int64), np.zeros((3, len(id_T)), np.float32)
         zero = self._zero
-        chain.score(
+        discounting.score(
             table.rows, id_T, next_T, max_order, self.end, discount,
             orders == "longest", table.serial, low_3SD, high_3SD, np.zeros((3, max_order + 2), np.int64),
             np.zeros((len(self.views), 2), np.int64), *work.counts[:2], *work.pairs_of(table), work.memo_M7, work.memo_M,
@@ -249,8 +249,8 @@ class Snapshot:
         rows = self._table(count, cap).rows
         for s in range(len(self.views)):
             node = 0
-            while node < rows[s, walks.N_NODES] and going():
-                node = counting.prepare(rows, s, node, _RANKS_AT_ONCE)
+            while node < rows[s, search.N_NODES] and going():
+                node = counts.prepare(rows, s, node, _RANKS_AT_ONCE)
 
     # ---- other snapshots ----------------------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Snapshot:
             tokenizer=segments[0].tokenizer if segments else "",
             documents=[seg.document(number) for seg, (_, number) in zip(segments, places, strict=True)],
         )
-        return Snapshot([View(segment)], vocab_size=self.vocab_size)
+        return Snapshot([LiveSegment(segment)], vocab_size=self.vocab_size)
 
     def without(self, document_id: str) -> "Snapshot":
         """The same segments with this document deleted. ConfigError where it is not here."""
@@ -272,7 +272,7 @@ class Snapshot:
         views = [*self.views[:s], self.views[s].without(number), *self.views[s + 1 :]]
         return Snapshot(views, vocab_size=self.vocab_size)
 
-    def beside(self, view: View) -> "Snapshot":
+    def with_segment(self, view: LiveSegment) -> "Snapshot":
         """The same segments and one more."""
         return Snapshot([*self.views, view], vocab_size=self.vocab_size)
 
@@ -322,12 +322,12 @@ class Snapshot:
                 raise ConfigError('A cap is for count="documents" or "sources"; all tokens are counted.')
             if not 1 <= key[1] < 2**31:
                 raise ConfigError(f"A cap is 1 or more; got {cap}.")
-            rows = np.array([view.row(*key) for view in self.views], np.int64).reshape(-1, walks.ROW)
+            rows = np.array([view.row(*key) for view in self.views], np.int64).reshape(-1, search.ROW)
             shared = shared_sources(self.views, count) if is_by_source(count) else None
             serial, kept = next(_serials), [] if shared is None else shared[0]
             if shared is not None:
-                rows[:, walks.SHARED] = [number_D.__array_interface__["data"][0] for number_D in kept]
-                rows[:, walks.N_SOURCES], rows[:, walks.SERIAL] = shared[1], serial
+                rows[:, search.SHARED] = [number_D.__array_interface__["data"][0] for number_D in kept]
+                rows[:, search.N_SOURCES], rows[:, search.SERIAL] = shared[1], serial
             n_pairs = 0
             if count != "tokens":
                 read = sum(min(len(view.segment), view.segment.wide) for view in self.views)
@@ -348,7 +348,12 @@ class Snapshot:
         token_U = np.flatnonzero(count_V > 0)
         count_U = count_V[token_U]
         total, top = int(count_V.sum()), int(count_V.argmax())
-        integers = [total, len(token_U), top if total else -1, min(self.n_documents, chain.MOST_DOCUMENTS)]
+        integers = [
+            total,
+            len(token_U),
+            top if total else -1,
+            min(self.n_documents, discounting.MOST_DOCUMENTS),
+        ]
         entropy = np.log(total) - (count_U * np.log(count_U)).sum() / total if total else 0.0
         return _Zero(
             np.array(integers, np.int64), np.array([max(entropy, 0.0)]), count_V, token_U, count_U, {}
@@ -406,9 +411,9 @@ class _Work:
         self.count_V, self.touched_V = np.zeros((2, vocab_size + 1), np.int64)
         self.part_V = np.zeros(vocab_size + 1)
         self.token_V, self.out_V = np.empty((2, vocab_size + 1), np.int64)
-        self.pairs_P4, self.state = np.zeros((2, 4), np.int64), np.zeros(counting.STATE, np.int64)
+        self.pairs_P4, self.state = np.zeros((2, 4), np.int64), np.zeros(counts.STATE, np.int64)
         self._joint: tuple[np.ndarray, ...] = ()
-        self.memo_M7, self.memo_M = np.zeros((chain.MEMO, 7), np.int64), np.zeros(chain.MEMO)
+        self.memo_M7, self.memo_M = np.zeros((discounting.MEMO, 7), np.int64), np.zeros(discounting.MEMO)
         self.fact_I, self.fact_F = np.zeros(2, np.int64), np.zeros(1)
         self.counts = (self.count_V, self.touched_V, self.pairs_P4, self.state)
         self.sparse = (self.token_V, self.out_V)
@@ -432,12 +437,12 @@ class _Work:
             self.pairs_P4 = np.zeros((table.n_pairs, 4), np.int64)
         if table.kept and not self._joint:
             room = max(_JOINT_TOKENS, 2 * len(self.count_V))
-            slots = np.full(counting.JOINT_SLOTS * counting.SLOT, 2**32 - 1, np.uint32)
+            slots = np.full(counts.JOINT_SLOTS * counts.SLOT, 2**32 - 1, np.uint32)
             self._joint = (*np.zeros((2, room), np.uint32), slots)
-            self.state[counting.JOINT_TOKEN : counting.JOINT_ROOM] = [
+            self.state[counts.JOINT_TOKEN : counts.JOINT_ROOM] = [
                 array.__array_interface__["data"][0] for array in self._joint
             ]
-            self.state[counting.JOINT_ROOM] = room
+            self.state[counts.JOINT_ROOM] = room
         return self.pairs_P4, self.state
 
 

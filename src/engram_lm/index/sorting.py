@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from engram_lm.kernels import heavy as heavy_kernels
-from engram_lm.kernels import sorting
+from engram_lm.index.kernels import heavy as heavy_kernels
+from engram_lm.index.kernels import sorting
 
 # Bits of a position that the compiled sort leaves for marks.
 MOST_TOKENS = 2**31

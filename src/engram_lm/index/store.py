@@ -23,15 +23,15 @@ import numpy as np
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError
 from engram_lm.index import durable
 from engram_lm.index.checking import VerifyReport, verify
-from engram_lm.index.compaction import Background, merge_next, merge_whole
 from engram_lm.index.locking import WriterLock
 from engram_lm.index.manifest import MANIFEST, Entry, Manifest, require_new, require_tenant
-from engram_lm.index.merging import MOST_SEGMENTS
-from engram_lm.index.opened import Opened
+from engram_lm.index.merge_policy import MOST_SEGMENTS
+from engram_lm.index.merger import Background, merge_next, merge_whole
 from engram_lm.index.purging import Progress, PurgeReport, purge
+from engram_lm.index.reader import IndexReader
 from engram_lm.index.segment import Document
 from engram_lm.index.snapshot import Snapshot
-from engram_lm.index.writing import Item, Writer, is_ours
+from engram_lm.index.writer import IndexWriter, Item, is_ours
 
 PUBLIC = "public"
 LOCK = "lock"
@@ -72,10 +72,10 @@ class Stats(TenantStats):
         return self.dead_tokens / max(1, self.tokens + self.dead_tokens)
 
 
-class Store:
+class Index:
     """Made by `create` and `open`. Threads may share one; only the writer's process changes anything."""
 
-    def __init__(self, opened: Opened, writer: Writer | None, merging: str) -> None:
+    def __init__(self, opened: IndexReader, writer: IndexWriter | None, merging: str) -> None:
         self.directory = opened.directory
         self._opened, self._writer = opened, writer
         self._background = Background(writer) if writer is not None and merging == "background" else None
@@ -89,7 +89,7 @@ class Store:
     def create(
         cls, directory: str | os.PathLike, *, vocab_size: int, tokenizer: str = "",
         merging: Literal["background", "by hand"] = "background", wait_seconds: float = 0.0,
-    ) -> "Store":  # fmt: skip
+    ) -> "Index":  # fmt: skip
         """Make an empty index and open it to write.
 
         Args:
@@ -139,7 +139,7 @@ class Store:
         cls, directory: str | os.PathLike, mode: Literal["read", "write"] = "read", *, tokenizer: str | None = None,
         vocab_size: int | None = None, merging: Literal["background", "by hand"] = "background",
         wait_seconds: float = 0.0,
-    ) -> "Store":  # fmt: skip
+    ) -> "Index":  # fmt: skip
         """Open an index.
 
         Args:
@@ -152,7 +152,7 @@ class Store:
         if mode not in ("read", "write"):
             raise ConfigError(f"mode is 'read' or 'write'; got {mode!r}.")
         lock = None
-        opened = Opened(directory)
+        opened = IndexReader(directory)
         try:
             _require_same(directory, opened.manifest, tokenizer, vocab_size)
             if mode == "read":
@@ -160,14 +160,14 @@ class Store:
             lock = WriterLock(directory / LOCK, wait_seconds=wait_seconds)
             opened.reload()
             _require_same(directory, opened.manifest, tokenizer, vocab_size)
-            return cls(opened, Writer(opened, lock), merging=_known(merging))
+            return cls(opened, IndexWriter(opened, lock), merging=_known(merging))
         except BaseException:
             opened.close()
             if lock is not None:
                 lock.release()
             raise
 
-    def __enter__(self) -> "Store":
+    def __enter__(self) -> "Index":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -217,7 +217,7 @@ class Store:
         for name in names:
             require_tenant(name)
 
-        def make(opened: Opened) -> Snapshot:
+        def make(opened: IndexReader) -> Snapshot:
             manifest, made = self._snapshots
             if manifest is not opened.manifest:
                 made = {}
@@ -261,13 +261,13 @@ class Store:
         """Read every byte and check it. CheckpointError names the file. progress: (bytes read, bytes in all)."""
         self._require_open()
         # an Opened of its own: a writer's must not move to another generation
-        opened = Opened(self.directory)
+        opened = IndexReader(self.directory)
         try:
             return verify(opened, progress)
         finally:
             opened.close()
 
-    def _newest(self, make: Callable[[Opened], Any]) -> Any:
+    def _newest(self, make: Callable[[IndexReader], Any]) -> Any:
         """`make` of the newest generation; again where a writer removed its files in the meantime."""
         while True:
             with self._lock:
@@ -354,7 +354,7 @@ class Store:
             return list(self._opened.manifest.tenants)
         return [require_tenant(name) for name in ([tenant] if isinstance(tenant, str) else tenant)]
 
-    def _writing(self) -> Writer:
+    def _writing(self) -> IndexWriter:
         self._require_open()
         if self._writer is None:
             raise ConfigError(f'{self.directory} is open to read. Open it with mode="write" to change it.')
@@ -365,9 +365,9 @@ class Store:
             raise ConfigError(f"{self.directory} is closed.")
 
 
-def _for_writing(directory: Path, lock: WriterLock) -> tuple[Opened, Writer]:
-    opened = Opened(directory)
-    return opened, Writer(opened, lock)
+def _for_writing(directory: Path, lock: WriterLock) -> tuple[IndexReader, IndexWriter]:
+    opened = IndexReader(directory)
+    return opened, IndexWriter(opened, lock)
 
 
 def _known(merging: str) -> str:

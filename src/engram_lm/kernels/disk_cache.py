@@ -4,7 +4,7 @@ A kernel's directory is named by a digest of its own file and of every file of t
 not, with the versions of Python, numba, llvmlite and numpy. So a pull, an upgrade or a second version of the package finds
 only what was compiled from the same sources. A file holds one kernel for one signature and one processor:
 
-    PLACE/kernels.walks-3f9c21d07ab4e655/walk-8d0c5f….kernel         sha256 of the rest, then what numba pickles
+    PLACE/index.kernels.search-3f9c21d07ab4e655/walk-8d0c5f….kernel   sha256 of the rest, then what numba pickles
 
 It is written beside its place and renamed: processes that compile the same kernel at once write equal files, and one that
 is killed leaves none. A file whose sum is wrong is compiled anew. PLACE is `NUMBA_CACHE_DIR`/engram-lm where that is set.

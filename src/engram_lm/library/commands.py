@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from engram_lm.bases.tokenizer import load_tokenizer
 from engram_lm.index.manifest import require_new
-from engram_lm.index.store import Store
+from engram_lm.index.store import Index
 from engram_lm.library.library import Existing, Explanation, Hit, Library
 from engram_lm.library.texts import STDIN, find, read_texts
-from engram_lm.train.tokenizer import load_tokenizer
 
 LOCK_SECONDS = 10.0  # another writer is waited for
 
@@ -63,7 +63,7 @@ def sync_command(directory: Path, folder: Path, *, field: str, tenant: str, as_j
 
 
 def delete_command(directory: Path, ids: list[str], *, tenant: str, as_json: bool) -> None:
-    with Store.open(directory, "write", wait_seconds=LOCK_SECONDS) as store:
+    with Index.open(directory, "write", wait_seconds=LOCK_SECONDS) as store:
         started = time.perf_counter()
         store.delete(ids, tenant=tenant)
         took = time.perf_counter() - started
@@ -72,13 +72,13 @@ def delete_command(directory: Path, ids: list[str], *, tenant: str, as_json: boo
 
 
 def purge_command(directory: Path, ids: list[str], *, tenant: str | None, as_json: bool) -> None:
-    with Store.open(directory, "write", merging="by hand", wait_seconds=LOCK_SECONDS) as store:
+    with Index.open(directory, "write", merging="by hand", wait_seconds=LOCK_SECONDS) as store:
         report = store.purge(ids, tenant=tenant)
     _say(_plain(report), "nothing of deleted documents is left: every file was read again", as_json)
 
 
 def merge_command(directory: Path, *, tenant: str | None, as_json: bool) -> None:
-    with Store.open(directory, "write", merging="by hand", wait_seconds=LOCK_SECONDS) as store:
+    with Index.open(directory, "write", merging="by hand", wait_seconds=LOCK_SECONDS) as store:
         before = store.stats()
         store.merge(tenant)
         after = store.stats()
@@ -93,7 +93,7 @@ def verify_command(directory: Path, *, as_json: bool) -> None:
     from engram_lm.progress import Progress
 
     progress = Progress("reading")
-    with Store.open(directory) as store:
+    with Index.open(directory) as store:
         report = store.verify(progress)
     progress.end()
     _say(_plain(report), "every byte is as it was written", as_json)
@@ -101,7 +101,7 @@ def verify_command(directory: Path, *, as_json: bool) -> None:
 
 def stats_command(directory: Path, *, compressed: bool = False, as_json: bool) -> None:
     """compressed: also what the second channel of docs/mixing.md would hold in memory."""
-    with Store.open(directory) as store:
+    with Index.open(directory) as store:
         stats = store.stats()
         extra = _compressed_bytes(store) if compressed else None
     if as_json:
@@ -126,7 +126,7 @@ def stats_command(directory: Path, *, compressed: bool = False, as_json: bool) -
         print(f"the last merge failed: {stats.merge_error}")
 
 
-def _compressed_bytes(store: Store) -> int:
+def _compressed_bytes(store: Index) -> int:
     from engram_lm.index.compressed import bytes_of
     from engram_lm.library.encoding import TextEncoder
     from engram_lm.vocab import TokenMap

@@ -1,4 +1,4 @@
-"""An index of texts: a `Store` of token ids and the tokenizer beside it (see the package)."""
+"""An index of texts: a `Index` of token ids and the tokenizer beside it (see the package)."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ import numpy as np
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.index.manifest import require_index
 from engram_lm.index.segment import Document
-from engram_lm.index.store import PUBLIC, Store
+from engram_lm.index.store import PUBLIC, Index
 from engram_lm.library.encoding import TextEncoder, encoder_of
 from engram_lm.library.texts import FILE_HASH, FOLDER, Text, file_hash, find_below, folder_name, texts_of
 
@@ -80,15 +80,15 @@ class Synced:
 class Library:
     """Made by `create` and `open`; `store` is the index itself."""
 
-    def __init__(self, store: Store, encoder: TextEncoder) -> None:
+    def __init__(self, store: Index, encoder: TextEncoder) -> None:
         self.store, self.encoder = store, encoder
         self._choosers: dict[str, tuple[Snapshot, Chooser]] = {}
 
     @classmethod
     def create(cls, directory: str | os.PathLike, *, tokenizer: Any, **options: Any) -> "Library":
-        """Make an empty index for texts of a tokenizer (see `TextEncoder.of`). options: of `Store.create`."""
+        """Make an empty index for texts of a tokenizer (see `TextEncoder.of`). options: of `Index.create`."""
         encoder = TextEncoder.of(tokenizer)
-        store = Store.create(
+        store = Index.create(
             directory, vocab_size=encoder.vocab_size, tokenizer=encoder.first_print, **options
         )
         try:
@@ -105,7 +105,7 @@ class Library:
         """Open an index, read by the tokenizer in its directory. tokenizer: the caller's, for which the index must be; it
         reads an index whose directory holds none."""
         require_index(Path(directory))
-        store = Store.open(directory, mode, **options)
+        store = Index.open(directory, mode, **options)
         try:
             return cls(store, encoder_of(store, tokenizer))
         except BaseException:

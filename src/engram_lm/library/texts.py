@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engram_lm.corpus.text import json_lines, kind_of, read_lines
 from engram_lm.errors import DataError
 from engram_lm.extras import missing
-from engram_lm.train.text import json_lines, kind_of, read_lines
 
 STDIN = "-"
 PLAIN = (".txt", ".md", ".rst")

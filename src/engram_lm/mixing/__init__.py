@@ -7,16 +7,16 @@
     score(model, ids, snapshot, default_gate("smollm2"), rules=rules_of(tokenizer, model, snapshot)).perplexity()
 
     mix.py, onepass.py   the equation, its kernels and its plain twin; which tokens memory may speak of
-    reading.py           look-ups as evidence
+    lookups.py           look-ups as evidence
     features.py, gate.py lambda from evidence; gate files
-    collecting.py        examples for a gate, from an index and a model (torch)
+    gate_examples.py     examples for a gate, from an index and a model (torch)
     fit.py               fitting and bounding a gate
     scoring.py           whole texts (torch)
     processor.py         transformers' generate (torch); trace.py, what it records
     session.py           what a request has said so far, as one more document
-    drafts.py            several tokens a forward, read ahead in memory (torch)
+    speculative.py       several tokens a forward, read ahead in memory (torch)
     identity.py          which model and tokenizer
-    trained.py           which documents a gate was fitted on
+    gate_provenance.py   which documents a gate was fitted on
 
 Names load what they need when first used.
 """
@@ -27,15 +27,15 @@ from typing import Any
 _HOME = {
     "FixedLambda": "gate",
     "Gate": "gate",
-    "Reading": "gate",
+    "LookupConfig": "gate",
     "default_gate": "gate",
     "TokenRules": "mix",
     "token_rules": "mix",
     "SessionMemory": "session",
-    "Drafted": "drafts",
-    "Drafts": "drafts",
-    "speculate": "drafts",
-    "speculating": "drafts",
+    "Drafted": "speculative",
+    "Drafts": "speculative",
+    "speculate": "speculative",
+    "speculating": "speculative",
     "MemoryStep": "trace",
     "summary": "trace",
     "MemoryProcessor": "processor",
@@ -44,7 +44,7 @@ _HOME = {
     "rules_of": "identity",
     "Scored": "scoring",
     "score": "scoring",
-    "collect": "collecting",
+    "collect": "gate_examples",
     "Examples": "fit",
     "calibrate": "fit",
     "fit_gate": "fit",

@@ -27,8 +27,8 @@ import numpy as np
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.extras import missing
 from engram_lm.mixing.features import NAMES, features
-from engram_lm.mixing.gate import MOST, Gate, Reading
-from engram_lm.mixing.reading import Memory, evidence
+from engram_lm.mixing.gate import MOST, Gate, LookupConfig
+from engram_lm.mixing.lookups import Lookups, evidence
 
 _HIDDEN = 16
 _MOST_RATIO = 1e12
@@ -87,7 +87,7 @@ class Examples:
 
 
 def examples_of(
-    memory: Memory,
+    memory: Lookups,
     survey_N6: np.ndarray,
     *,
     tokens: int,
@@ -121,7 +121,7 @@ def fit_gate(
     tokenizer: str = "",
     model: str = "",
     model_name: str = "",
-    reading: Reading | None = None,
+    reading: LookupConfig | None = None,
     trained_on: dict[str, Any] | None = None,
 ) -> Gate:
     """The gate of greatest likelihood over all examples at once. decay: of the squared weights. steps: at most."""
@@ -152,7 +152,7 @@ def fit_gate(
     weights = _descend(lambda at: _objective(kind, at, x_NF, ratio_N, weight_N, decay), weights, steps=steps)
     return Gate(
         kind=kind, mean=mean, scale=scale, low=low, high=high, weights=weights, tokenizer=tokenizer, model=model,
-        model_name=model_name, reading=reading or Reading(), trained_on=trained_on or {},
+        model_name=model_name, reading=reading or LookupConfig(), trained_on=trained_on or {},
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ z = w . x + b (logistic) or v . tanh(W x + a) + b (mlp), over standardised featu
 the gate was fitted; lambda = most * sigmoid(z - shift). `shift` is what `fit.calibrate` needed for the bound on harm to
 general text that the file states. Nothing found (no live document) is lambda = 0.
 
-A gate file is JSON and names what it was fitted for: tokenizer, model, feature version, how memory is read (`Reading`),
+A gate file is JSON and names what it was fitted for: tokenizer, model, feature version, how memory is read (`LookupConfig`),
 data, and the harm measured. `tests/test_mixing_gate.py` keeps a golden one.
 """
 
@@ -34,7 +34,7 @@ MOST = 0.999
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class LookupConfig:
     """How memory is read; see `Snapshot.distribution`. A gate knows P_memory only as it was read when it was fitted."""
 
     discount: float = 0.75
@@ -48,7 +48,7 @@ class Lambda(Protocol):
     """What mixing asks of a gate. `space` is what lambda is meant for; `reading`, how P_memory is to be read."""
 
     space: Space
-    reading: Reading
+    reading: LookupConfig
 
     def lambdas(self, features_NF: np.ndarray) -> np.ndarray:
         """float64 [N], each in [0, 1)."""
@@ -65,7 +65,7 @@ class FixedLambda:
 
     value: float
     space: Space = "linear"
-    reading: Reading = field(default_factory=Reading)
+    reading: LookupConfig = field(default_factory=LookupConfig)
 
     def __post_init__(self) -> None:
         if not 0 <= self.value < 1:
@@ -98,7 +98,7 @@ class Gate:
     tokenizer: str = ""
     model: str = ""
     model_name: str = ""
-    reading: Reading = field(default_factory=Reading)
+    reading: LookupConfig = field(default_factory=LookupConfig)
     trained_on: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
 
@@ -196,7 +196,7 @@ class Gate:
                 )
             model = facts.pop("model")
             weights = {name: np.asarray(array, np.float64) for name, array in facts.pop("weights").items()}
-            reading = Reading(**facts.pop("reading"))
+            reading = LookupConfig(**facts.pop("reading"))
             return cls(
                 **facts, reading=reading, weights=weights, model=model["sha256"], model_name=model["name"]
             )

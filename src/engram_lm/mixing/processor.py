@@ -30,8 +30,8 @@ from engram_lm.mixing import onepass
 from engram_lm.mixing.features import features_of_one
 from engram_lm.mixing.gate import Lambda
 from engram_lm.mixing.identity import require_identity, rules_of
+from engram_lm.mixing.lookups import Lookups, read_next
 from engram_lm.mixing.mix import TokenRules, mix
-from engram_lm.mixing.reading import Memory, read_next
 from engram_lm.mixing.session import SessionMemory
 from engram_lm.mixing.trace import MemoryStep
 
@@ -49,7 +49,7 @@ class _Row(NamedTuple):
     kept: float
     lse: float
     space: str
-    memory: Memory
+    memory: Lookups
     micro_seconds: float
 
 
@@ -57,7 +57,7 @@ class LookUp(NamedTuple):
     """q_M: P_memory over the tokens it may speak of, not renormalised. lam: the gate's. lse: log-sum-exp of the logits."""
 
     q_M: np.ndarray
-    memory: Memory
+    memory: Lookups
     lam: float
     lse: float
 

@@ -23,8 +23,8 @@ from engram_lm.errors import TokenIdError
 from engram_lm.mixing import onepass
 from engram_lm.mixing.features import features
 from engram_lm.mixing.gate import Lambda
+from engram_lm.mixing.lookups import Lookups, evidence, read_next, read_text, tail
 from engram_lm.mixing.mix import TokenRules, mix
-from engram_lm.mixing.reading import Memory, evidence, read_next, read_text, tail
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
@@ -101,7 +101,7 @@ def score(
 def score_text(
     ids_T: np.ndarray,
     logits_TV: np.ndarray,
-    memory: Memory,
+    memory: Lookups,
     snapshot: Snapshot,
     gate: Lambda,
     *,

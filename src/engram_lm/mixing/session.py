@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engram_lm.errors import ConfigError
+from engram_lm.index.live_segment import LiveSegment
 from engram_lm.index.segment import HEAVY, MAX_ORDER, WIDE, Document, Segment
-from engram_lm.index.views import View
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
@@ -111,4 +111,4 @@ class SessionMemory:
         ends = segment.document_at[1:].astype(np.int64) - 1
         never_came = np.append(ends[:-1][foreign[cut]], ends[-1])
         dead = np.flatnonzero(np.isin(segment.order, never_came)).astype(np.uint32)
-        return self.snapshot.beside(View(segment, dead_rank=dead))
+        return self.snapshot.with_segment(LiveSegment(segment, dead_rank=dead))

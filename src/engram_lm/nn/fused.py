@@ -1,4 +1,4 @@
-"""The gate and the short conv on the CPU in float32, through the kernels of `kernels.gate`, with hand-written gradients.
+"""The gate and the short conv on the CPU in float32, through the kernels of `nn.kernels`, with hand-written gradients.
 
 Used by `EngramLayer` where it applies: CPU, float32, not under torch.compile (whose own fusion takes over there).
 Everywhere else the plain torch path runs; tests compare the two, values and gradients.
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engram_lm.kernels import gate as kernels
+from engram_lm.nn import kernels
 
 # Below this many numbers a thread's start costs more than it saves.
 _WORTH_A_THREAD = 1 << 18

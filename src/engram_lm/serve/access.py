@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from engram_lm.errors import ConfigError
-from engram_lm.serve.refusals import Refusal, shown
+from engram_lm.serve.http_errors import Refusal, shown
 
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 SHORTEST_KEY = 16

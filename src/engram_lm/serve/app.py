@@ -22,18 +22,18 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from engram_lm import __version__
-from engram_lm.serve import messages as m
+from engram_lm.serve import schema as m
 from engram_lm.serve.access import COOKIE, Access, same
-from engram_lm.serve.guard import Guard
+from engram_lm.serve.http_errors import Refusal, shown
+from engram_lm.serve.middleware import Middleware
 from engram_lm.serve.page import PAGE, PageFiles, login
-from engram_lm.serve.refusals import Refusal, shown
 from engram_lm.serve.service import Service
 from engram_lm.serve.streaming import error_answer, event_lines, json_answer, one_answer
 
 WRONG_KEY_SECONDS, MOST_WRONG_KEYS, MOST_LOGIN_BYTES = 1.0, 8, 4096
 
 
-def create_app(service: Service, *, access: Access, page: Path = PAGE) -> Guard:
+def create_app(service: Service, *, access: Access, page: Path = PAGE) -> Middleware:
     """The whole server but the sockets."""
     app = FastAPI(
         title="engram-lm serve", version=__version__, openapi_url="/api/openapi.json", docs_url=None, redoc_url=None,
@@ -49,7 +49,7 @@ def create_app(service: Service, *, access: Access, page: Path = PAGE) -> Guard:
     _add_model(app, service)
     _add_index(app, service)
     _add_quiz(app, service)
-    return Guard(app, access=access, limits=service.limits)
+    return Middleware(app, access=access, limits=service.limits)
 
 
 class JsonRoute(APIRoute):
@@ -170,7 +170,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
     @app.post("/api/trace", response_model=None, responses=_answers(m.Trace, 429))
     async def trace(body: m.TraceRequest, request: Request) -> Response:
         """A text token by token: what tables and index did at each."""
-        from engram_lm.serve.tracing import trace_text
+        from engram_lm.serve.trace import trace_text
 
         loaded = service.require_ready()
 
@@ -182,7 +182,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
     @app.post("/api/losses", response_model=None, responses=_answers(m.Losses, 429))
     async def losses(body: m.LossesRequest, request: Request) -> Response:
         """The loss of each token by the model alone, with its tables or without them."""
-        from engram_lm.serve.tracing import losses_of
+        from engram_lm.serve.trace import losses_of
 
         loaded = service.require_ready()
         job = service.engine.submit(lambda _: losses_of(loaded, body.text, tables=body.tables))
@@ -191,7 +191,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
     @app.post("/api/next", response_model=None, responses=_answers(m.Next, 429))
     async def next_token(body: m.NextRequest, request: Request) -> Response:
         """The next token: of the model, of memory, of both; and what whole candidates get."""
-        from engram_lm.serve.continuing import next_tokens
+        from engram_lm.serve.next_token import next_tokens
 
         loaded = service.require_ready()
         job = service.engine.submit(lambda job: next_tokens(loaded, service.mixed, body, check=job.check))
@@ -202,7 +202,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
     )
     async def generate(body: m.GenerateRequest, request: Request) -> Response:
         """Go on with a prompt, an event a line: queued while others compute, start, token after token, done or error."""
-        from engram_lm.serve.generating import generate, require_possible
+        from engram_lm.serve.generate import generate, require_possible
 
         loaded = service.require_ready()
         require_possible(loaded, service.mixed, body)
@@ -277,7 +277,7 @@ def _add_quiz(app: FastAPI, service: Service) -> None:
     @app.post("/api/quiz/answer", response_model=None, responses=_answers(m.QuizAnswered, 404, 429))
     async def answer(body: m.QuizAnswerRequest, request: Request) -> Response:
         """Let the model answer a question (tables off, so that the arms differ in the index alone), or check one's own."""
-        from engram_lm.serve.generating import generate
+        from engram_lm.serve.generate import generate
 
         loaded = service.require_ready()
         question = service.quiz.question(body.id)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from engram_lm.errors import ConfigError, EngramError
 from engram_lm.extras import missing
-from engram_lm.serve.refusals import LOG
-from engram_lm.show.indexed import require_parts
+from engram_lm.serve.http_errors import LOG
+from engram_lm.terminal.indexed import require_parts
 
 if TYPE_CHECKING:
     from engram_lm.serve.service import Service
@@ -160,10 +160,10 @@ class Preparing:
 
     def __call__(self, service: Service) -> None:
         from engram_lm.serve.examples import EXAMPLES, read_examples
-        from engram_lm.serve.loaded import load, measure_share
-        from engram_lm.serve.mixed import Mixed
         from engram_lm.serve.quiz import Quiz
-        from engram_lm.serve.shelf import Shelf
+        from engram_lm.serve.served_index import ServedIndex
+        from engram_lm.serve.served_mixture import ServedMixture
+        from engram_lm.serve.served_model import load, measure_share
 
         steps, demo = self.steps, self.demo
         try:
@@ -191,8 +191,8 @@ class Preparing:
         if self.quiz is not None:
             service.quiz = self.quiz
         if directory is not None:
-            service.shelf = Shelf(directory, encoder=loaded.encoder)
-            service.mixed = Mixed(loaded, service.shelf, gate=self.gate, lam=self.lam)
+            service.shelf = ServedIndex(directory, encoder=loaded.encoder)
+            service.mixed = ServedMixture(loaded, service.shelf, gate=self.gate, lam=self.lam)
             if not demo:
                 steps.say(f"the index is open: {service.shelf.facts()['documents']:,} documents")
         service.examples = read_examples(demo.examples) if demo else EXAMPLES
@@ -207,10 +207,10 @@ class Preparing:
 
 def warm_up(service: Service) -> None:
     """Answer one request of each kind, so that no visitor waits for first times: kernels are there, files are in memory."""
-    from engram_lm.serve.continuing import next_tokens
-    from engram_lm.serve.generating import generate
-    from engram_lm.serve.messages import GenerateRequest, NextRequest
-    from engram_lm.serve.tracing import trace_text
+    from engram_lm.serve.generate import generate
+    from engram_lm.serve.next_token import next_tokens
+    from engram_lm.serve.schema import GenerateRequest, NextRequest
+    from engram_lm.serve.trace import trace_text
 
     loaded, mixed = service.loaded, service.mixed
 

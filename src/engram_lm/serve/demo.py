@@ -34,12 +34,12 @@ class Demo:
 
     def make_index(self, directory: Path, *, encoder: Any) -> tuple[int, int]:
         """Index the documents, each with its first line as its title; (documents, tokens)."""
-        from engram_lm.index.store import Store
+        from engram_lm.index.store import Index
         from engram_lm.library import Library, Text
 
         paths = sorted(self.documents.glob("*.md"))
         texts = [path.read_text(encoding="utf8") for path in paths]
-        store = Store.create(
+        store = Index.create(
             directory, vocab_size=encoder.vocab_size, tokenizer=encoder.first_print, merging="by hand"
         )
         with Library(store, encoder) as library:

@@ -10,7 +10,7 @@ import html
 import os
 from pathlib import Path
 
-from engram_lm.serve.refusals import Refusal
+from engram_lm.serve.http_errors import Refusal
 
 PAGE = Path(__file__).parent / "page"
 TOKEN = "{{token}}"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engram_lm.errors import DataError
-from engram_lm.serve.refusals import Refusal, shown
+from engram_lm.serve.http_errors import Refusal, shown
 
 # tokens that an answer may take
 MOST_TOKENS = {"verbatim": 12, "paraphrased": 32}

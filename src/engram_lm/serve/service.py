@@ -17,15 +17,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from engram_lm.serve.engine import Engine
+from engram_lm.serve.http_errors import LOG, Refusal
 from engram_lm.serve.limits import Limits
+from engram_lm.serve.model_worker import ModelWorker
 from engram_lm.serve.quiz import Quiz
-from engram_lm.serve.refusals import LOG, Refusal
 
 if TYPE_CHECKING:
-    from engram_lm.serve.loaded import Loaded
-    from engram_lm.serve.mixed import Mixed
-    from engram_lm.serve.shelf import Shelf
+    from engram_lm.serve.served_index import ServedIndex
+    from engram_lm.serve.served_mixture import ServedMixture
+    from engram_lm.serve.served_model import ServedModel
 
 _READERS = 2
 
@@ -44,9 +44,9 @@ class Service:
         begun: float | None = None,
     ) -> None:
         self.limits = limits or Limits()
-        self.loaded: Loaded | None = None
-        self.shelf: Shelf | None = None
-        self.mixed: Mixed | None = None
+        self.loaded: ServedModel | None = None
+        self.shelf: ServedIndex | None = None
+        self.mixed: ServedMixture | None = None
         self.quiz = Quiz([])
         self.examples: dict[str, list[Any]] = {"look": [], "think": [], "ask": []}
         self.started_ms = 0.0
@@ -56,7 +56,7 @@ class Service:
         self._pending, self._closing, self._changed = 0, False, False
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="engram reader")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="engram writer")
-        self.engine = Engine(
+        self.engine = ModelWorker(
             waiting=self.limits.waiting, prepare=functools.partial(self._prepare, prepare), failed=failed
         )
         self._whole.set()
@@ -83,13 +83,13 @@ class Service:
     def status(self) -> str:
         return "ready" if self._ready else "loading"
 
-    def require_ready(self) -> Loaded:
+    def require_ready(self) -> ServedModel:
         """The model. Refusal 503 while it loads."""
         if not self._ready:
             raise Refusal(503, "The model is still being loaded; try again in a few seconds.")
         return self.loaded
 
-    def require_shelf(self) -> Shelf:
+    def require_shelf(self) -> ServedIndex:
         """The index. Refusal 404 without one."""
         self.require_ready()
         if self.shelf is None:

@@ -13,8 +13,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from engram_lm.serve.engine import Job
-from engram_lm.serve.refusals import Cancelled, answer_to
+from engram_lm.serve.http_errors import Cancelled, answer_to
+from engram_lm.serve.model_worker import Job
 
 CLIENT_IS_GONE = 499
 

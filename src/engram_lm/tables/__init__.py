@@ -9,8 +9,7 @@ through a one-element handle (see `tables.gradients`).
     ticket = table.prefetch(address)            # decides when the work is done, never what the answer is
     rows = ticket.rows()
 
-Two halves: `format`, `codecs`, `layout`, `safetensors`, `shipped`, `store`, `disk` and `cached` read and write bytes with
-NumPy alone; `device`, `gradients`, `rules` and the rest need torch. Names load their half when first used.
+Bytes in files are read and written by `engram_lm.storage`, which needs no torch. Names load what they need when first used.
 """
 
 from importlib import import_module
@@ -32,22 +31,7 @@ _WHERE = {
     "Table": "protocol",
     "Ticket": "protocol",
     "TrainableTable": "protocol",
-    "CODECS": "codecs",
-    "Header": "format",
-    "Writer": "writer",
-    "open_packed": "format",
-    "read_header": "format",
-    "verify": "format",
-    "Layout": "layout",
-    "Segment": "layout",
-    "names_of": "shipped",
-    "open_shipped": "shipped",
-    "HostStore": "store",
-    "Store": "store",
-    "DiskStore": "disk",
-    "CachedStore": "cached",
-    "StoredTable": "stored",
-    "LoggedStore": "rowlog",
+    "ReadOnlyTable": "read_only",
     "LoggedTable": "logged",
 }
 

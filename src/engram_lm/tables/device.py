@@ -1,11 +1,11 @@
 """Rows in one tensor, on the CPU or an accelerator: the tier that every other tier must agree with.
 
 New rows are zero and cost no memory until they are first written (private anonymous pages). On the CPU a gather is the
-kernel of `kernels.rows`; elsewhere it is `index_select`. Under torch.compile it is the custom op `engram_lm::gather`,
+kernel of `storage.kernels.rows`; elsewhere it is `index_select`. Under torch.compile it is the custom op `engram_lm::gather`,
 keyed by the table, so that a graph never holds rows.
 
 Rows of bfloat16 train too: those a step touches become float32, take the rule's step, and are rounded back
-stochastically (see `kernels.rounding`), by the number of steps before, the table's seed, and the row's address.
+stochastically (see `tables.kernels`), by the number of steps before, the table's seed, and the row's address.
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import AddressError, CheckpointError, ConfigError, RowUpdateError
-from engram_lm.kernels import rows as kernels
+from engram_lm.storage.kernels import rows as kernels
 from engram_lm.tables.gradients import Gather, RowGradients
 from engram_lm.tables.rounding import round_bf16_stochastic
 from engram_lm.tables.rules import RowRule

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from engram_lm.errors import RowUpdateError, StateError
-from engram_lm.kernels import rows as kernels
+from engram_lm.storage.kernels import rows as kernels
 from engram_lm.tables.pending import RowsGradient, gradient_of, put, standing
 from engram_lm.tables.rules import RowAdam, RowRule
 

@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import CheckpointError
-from engram_lm.tables.codecs import bf16_values
-from engram_lm.tables.disk import DiskStore
-from engram_lm.tables.format import open_packed
+from engram_lm.storage.codecs import bf16_values
+from engram_lm.storage.disk import DiskStore
+from engram_lm.storage.format import open_packed
+from engram_lm.storage.rowlog import LoggedStore
 from engram_lm.tables.gradients import Gather, RowGradients
+from engram_lm.tables.read_only import ReadOnlyTable, StoredTicket
 from engram_lm.tables.rounding import round_bf16_stochastic
-from engram_lm.tables.rowlog import LoggedStore
 from engram_lm.tables.rules import RowAdam, RowRule
-from engram_lm.tables.stored import StoredTable, StoredTicket
 
 
-class LoggedTable(StoredTable):
+class LoggedTable(ReadOnlyTable):
     """Rows of a LoggedStore, trainable.
 
     Args:

@@ -1,4 +1,4 @@
-"""Stochastic rounding to bfloat16 as torch code, for rows on an accelerator: `kernels.rounding` bit for bit.
+"""Stochastic rounding to bfloat16 as torch code, for rows on an accelerator: `tables.kernels` bit for bit.
 
 torch has no 64-bit unsigned arithmetic, so the words are int64: products wrap the same way, and a shift to the right
 drops the copies of the sign.
@@ -7,7 +7,7 @@ drops the copies of the sign.
 import torch
 from torch import Tensor
 
-from engram_lm.kernels import rounding as kernels
+from engram_lm.tables import kernels
 
 
 def round_bf16_stochastic(values_UW: Tensor, row_U: Tensor, *, seed: int, step: int) -> Tensor:

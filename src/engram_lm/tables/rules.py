@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 
 from engram_lm.errors import ConfigError
-from engram_lm.kernels import rows as kernels
+from engram_lm.storage.kernels import rows as kernels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from engram_lm.errors import AddressError, CheckpointError, ConfigError, EngramError
-from engram_lm.kernels import rows as kernels
+from engram_lm.storage.kernels import rows as kernels
 from engram_lm.tables.device import DeviceTable
 from engram_lm.tables.gradients import Gather, RowGradients
-from engram_lm.tables.parts import Part, even_boundaries
 from engram_lm.tables.pending import RowsGradient, gradient_of
 from engram_lm.tables.ranks import Doing, Ranks
 from engram_lm.tables.rules import RowRule
+from engram_lm.tables.shards import Shard, even_boundaries
 
 
 class ShardedTable:
@@ -72,7 +72,7 @@ class ShardedTable:
         self._version = 0  # updates and restores so far
         problem, rule_json = None, None
         try:
-            self.part = Part(
+            self.part = Shard(
                 name=name, boundaries=_boundaries(boundaries, n_rows, self.ranks.n), rank=self.ranks.rank,
                 identity=identity,
             )  # fmt: skip

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from engram_lm.errors import ConfigError, EngramError
-from engram_lm.index.store import Store
+from engram_lm.index.store import Index
 from engram_lm.mixing import onepass
 from engram_lm.mixing.features import features
 from engram_lm.mixing.gate import FixedLambda, Gate, Lambda, default_gate
+from engram_lm.mixing.lookups import Lookups, evidence, read_next
 from engram_lm.mixing.mix import mix, token_rules
-from engram_lm.mixing.reading import Memory, evidence, read_next
 from engram_lm.vllm.options import RequestOptions, Settings
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Live:
         self.settings, self.gate = settings, _gate_of(settings)
         check = settings.model == "check" and bool(getattr(self.gate, "model", ""))
         self.gate.require(tokenizer=as_the_gate_says(self.gate, tokenizer), model=model() if check else None)
-        self.store = Store.open(settings.index)
+        self.store = Index.open(settings.index)
         encoder_of(self.store, tokenizer)
         self.rules = token_rules(tokenizer, n_logits=n_logits, n_tokens=self.store.vocab_size, eos_id=eos_id)
         self._fixed: dict[float, FixedLambda] = {}
@@ -263,6 +263,6 @@ def _gate_of(settings: Settings) -> Lambda:
     )
 
 
-def _joined(memories: list[Memory]) -> Memory:
-    names = [field.name for field in fields(Memory) if field.name != "p"]
-    return Memory(**{name: np.concatenate([getattr(m, name) for m in memories]) for name in names})
+def _joined(memories: list[Lookups]) -> Lookups:
+    names = [field.name for field in fields(Lookups) if field.name != "p"]
+    return Lookups(**{name: np.concatenate([getattr(m, name) for m in memories]) for name in names})

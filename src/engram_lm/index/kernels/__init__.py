@@ -1,0 +1,1 @@
+"""Compiled functions of the index: sorting, searching, counting and discounting. The plain twin is `index.plain`."""

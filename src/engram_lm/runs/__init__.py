@@ -1,8 +1,0 @@
-"""Training runs: options, the Trainer that knows rows, a run in a directory, its measures and its picture.
-
-    from engram_lm.runs.config import TrainConfig
-    from engram_lm.runs.run import train
-    outcome = train(TrainConfig(base="smollm2", data=("corpus.jsonl",)), out="runs/first")
-
-What a run needs before its first step (bases, text) is in `engram_lm.train`.
-"""

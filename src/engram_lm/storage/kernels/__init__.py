@@ -1,0 +1,1 @@
+"""Compiled functions of storage: rows copied, decoded and read from disk, maps and sets of rows."""
