@@ -9,13 +9,14 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from speaking import speak  # noqa: E402
+
 import engram_lm  # noqa: E402
 from engram_lm import cli  # noqa: E402
 from engram_lm.bases.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
 from engram_lm.config import MemoryConfig  # noqa: E402
-from engram_lm.terminal.decoding import PieceDecoder  # noqa: E402
+from engram_lm.generation import HeatView, PieceDecoder, prompt_ids  # noqa: E402
 from engram_lm.terminal.heat import Scale, legend, paint, wants_colour  # noqa: E402
-from engram_lm.terminal.speaking import HeatView, prompt_ids, speak  # noqa: E402
 
 RECIPE = Recipe(
     name="doll", vocab_size=258, hidden_size=32, layers=3, heads=2, key_value_heads=1, intermediate_size=64

@@ -7,11 +7,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from engram_lm.bases.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+from engram_lm.generation import Drafts, speculate  # noqa: E402
+from engram_lm.generation.speculative import Drafter  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.library.verbatim import verbatim_runs  # noqa: E402
-from engram_lm.mixing import Drafts, FixedLambda, SessionMemory, memory_processor, rules_of, speculate  # noqa: E402
+from engram_lm.mixing import FixedLambda, SessionMemory, memory_processor, rules_of  # noqa: E402
 from engram_lm.mixing.gate import LookupConfig  # noqa: E402
-from engram_lm.mixing.speculative import Guesser  # noqa: E402
 
 RECIPE = Recipe(
     name="doll", vocab_size=258, hidden_size=32, layers=1, heads=2, key_value_heads=1, intermediate_size=32
@@ -62,7 +63,7 @@ def told(library, base):
             processor = memory_processor(
                 snapshot, gate, torch.tensor(ids)[None], rules=rules, session=session
             )
-            found.append(Guesser(processor, most=8, worth=0.01).guess(ids, 8))
+            found.append(Drafter(processor, most=8, worth=0.01).guess(ids, 8))
             drafts = Drafts(processor)
             out = model.generate(
                 torch.tensor(ids)[None], logits_processor=[processor], custom_generate=drafts, max_new_tokens=6,

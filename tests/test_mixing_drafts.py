@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from engram_lm.errors import ConfigError
+from engram_lm.generation import Drafts, speculate
 from engram_lm.index.segment import Segment
 from engram_lm.index.snapshot import LiveSegment, Snapshot
-from engram_lm.mixing import Drafts, FixedLambda, memory_processor, speculate
+from engram_lm.mixing import FixedLambda, memory_processor
 from engram_lm.mixing.lookups import read_next
 from engram_lm.mixing.mix import TokenRules, mix_plain
 from models import EOS, PAD, build, give_memory

@@ -13,10 +13,11 @@ pytest.importorskip("transformers")
 pytest.importorskip("bm25s")
 
 from engram_lm.bases.recipes import Recipe, build_model, byte_tokenizer  # noqa: E402
+from engram_lm.generation import speculate  # noqa: E402
+from engram_lm.generation.speculative import Drafter  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
-from engram_lm.mixing import FixedLambda, SessionMemory, memory_processor, rules_of, score, speculate  # noqa: E402
+from engram_lm.mixing import FixedLambda, SessionMemory, memory_processor, rules_of, score  # noqa: E402
 from engram_lm.mixing.gate import LookupConfig  # noqa: E402
-from engram_lm.mixing.speculative import Guesser  # noqa: E402
 
 RECIPE = Recipe(
     name="doll", vocab_size=258, hidden_size=32, layers=1, heads=2, key_value_heads=1, intermediate_size=32
@@ -94,7 +95,7 @@ def answers(library, model, tokenizer, tenant, *, decoding):
                 snapshot, gate, torch.tensor(ids)[None], rules=rules, session=session
             )
             told.append(processor(torch.tensor(ids)[None], logits).numpy().tobytes())
-        told.append(Guesser(processor, most=8, worth=0.01).guess(ids, 8))
+        told.append(Drafter(processor, most=8, worth=0.01).guess(ids, 8))
         session = SessionMemory(snapshot, 64, given=len(ids))
         told.append(bits(session.extended(ids).distribution(ids)))
         if snapshot.n_documents:

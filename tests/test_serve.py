@@ -13,14 +13,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("fastapi")
 
 from pydantic import TypeAdapter  # noqa: E402
+from speaking import speak  # noqa: E402
 
 from engram_lm.attachment import memory_off, trace  # noqa: E402
+from engram_lm.generation import processor_for, prompt_ids, select  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.mixing import FixedLambda, rules_of, score  # noqa: E402
 from engram_lm.serve import schema as m  # noqa: E402
 from engram_lm.serve.served_mixture import ServedMixture  # noqa: E402
-from engram_lm.terminal.indexed import Indexed  # noqa: E402
-from engram_lm.terminal.speaking import prompt_ids, speak  # noqa: E402
 from serve_support import DOCUMENTS, LIMITS, served, words  # noqa: E402
 
 DOG = "The office dog is called"
@@ -240,19 +240,12 @@ def test_generation_is_the_command_lines(site):
     assert [event["type"] for event in events] == ["start", *["token"] * 9, "done"]
     TypeAdapter(list[m.Event]).validate_python(events)
     shelf, loaded = site.service.shelf, site.service.loaded
-    indexed = Indexed(
-        shelf.directory,
-        model=loaded.model,
-        tokenizer=words(),
-        gate=None,
-        lam=0.9,
-        tenant="public",
-        prompt=DOG,
-    )
     ids = prompt_ids(words(), DOG)
+    selection = select(shelf.library, DOG, pointing=False)
+    processor = processor_for(selection, FixedLambda(0.9), ids, model=loaded.model, tokenizer=words())
     wanted = [
         token
-        for token in speak(loaded.model, words(), ids, max_new_tokens=9, processor=indexed.processor(ids))
+        for token in speak(loaded.model, words(), ids, max_new_tokens=9, processor=processor)
         if not token.is_prompt
     ]
     tokens = events[1:-1]

@@ -6,12 +6,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from engram_lm import cli  # noqa: E402
+from engram_lm.generation import Request, TransformersEngine, processor_for, prompt_ids, select, stream  # noqa: E402
+from engram_lm.generation.speculative import Drafter  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
-from engram_lm.mixing import Gate  # noqa: E402
+from engram_lm.mixing import FixedLambda, Gate  # noqa: E402
 from engram_lm.mixing.features import NAMES  # noqa: E402
 from engram_lm.mixing.gate_provenance import fingerprints  # noqa: E402
-from engram_lm.terminal.indexed import Indexed  # noqa: E402
-from engram_lm.terminal.speaking import prompt_ids  # noqa: E402
 from models import saved_doll  # noqa: E402
 
 WORDS = "The office dog is called Orlando and sleeps beside the reception desk until noon."
@@ -66,19 +66,29 @@ def test_drafts_say_the_same_in_fewer_forwards(base, index, capsys):
 def test_drafted_tokens_are_handed_out_as_they_come_with_their_share(base, index):
     _, model, tokenizer = base
     ids = prompt_ids(tokenizer, "The office dog is")
-    options = {"gate": None, "lam": 0.95, "tenant": "public", "model": model, "tokenizer": tokenizer}
-    plain = list(Indexed(index, **options).speak(ids, max_new_tokens=30))
-    indexed = Indexed(index, drafts=True, **options)
-    said = indexed.speak(ids, max_new_tokens=30)
-    first = [next(said) for _ in range(len(ids) + 1)]
-    assert [token.is_prompt for token in first] == [True] * len(ids) + [False]
-    assert not indexed.notes
-    tokens = [*first, *said]
+    engine = TransformersEngine(model, tokenizer)
+    with Library.open(index) as library:
+        selection = select(library, "The office dog is", pointing=False)
+        parts = {"model": model, "tokenizer": tokenizer}
+        plain = list(
+            stream(
+                engine,
+                Request(ids=ids, max_new_tokens=30),
+                processor_for(selection, FixedLambda(0.95), ids, **parts),
+            )
+        )
+        processor = processor_for(selection, FixedLambda(0.95), ids, **parts)
+        drafter = Drafter(processor)
+        said = stream(engine, Request(ids=ids, max_new_tokens=30, watch=False), processor, drafter=drafter)
+        first = [next(said) for _ in range(len(ids) + 1)]
+        assert [token.is_prompt for token in first] == [True] * len(ids) + [False]
+        assert drafter.forwards == 1
+        tokens = [*first, *said]
     assert [token.id for token in tokens] == [token.id for token in plain]
     assert [token.strength for token in tokens] == pytest.approx(
         [token.strength for token in plain], abs=1e-4
     )
-    assert indexed.notes
+    assert drafter.forwards < len(tokens) - len(ids)
 
 
 def test_a_session_finds_what_the_prompt_says(base, index, capsys):

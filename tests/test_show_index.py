@@ -8,11 +8,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
+from speaking import speak  # noqa: E402
+
 from engram_lm import cli  # noqa: E402
 from engram_lm.errors import MissingExtraError  # noqa: E402
+from engram_lm.generation import prompt_ids  # noqa: E402
 from engram_lm.library import Library, Text  # noqa: E402
 from engram_lm.mixing import FixedLambda, memory_processor  # noqa: E402
-from engram_lm.terminal.speaking import prompt_ids, speak  # noqa: E402
 from models import saved_doll  # noqa: E402
 
 WORDS = "The office dog is called Orlando."

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+
+from engram_lm.generation import caches
 
 # (answer so far, logits float32 [V]) -> next token
 Chooser = Callable[[list[int], np.ndarray], int]
@@ -79,9 +80,7 @@ def decode(
         if not following or step == most - 1:
             break
         if parents != list(range(len(rows))):
-            chosen = torch.tensor(parents)
-            cache.reorder_cache(chosen)
-            mask_RL = mask_RL[chosen]
+            cache, mask_RL = caches.take(cache, parents), mask_RL[parents]
         rows = following
         mask_RL = torch.cat([mask_RL, torch.ones(len(rows), 1, dtype=torch.long)], 1)
         tokens = torch.tensor([[answer[-1]] for _, answer in rows])
@@ -96,21 +95,6 @@ def decode(
 def _together(starts: list[Start]) -> tuple[Any, torch.Tensor]:
     """One cache of several prompts, padded on the left, and its attention mask."""
     longest = max(len(start.ids) for start in starts)
-    mask_RL = torch.ones(len(starts), longest, dtype=torch.long)
-    for row, start in zip(mask_RL, starts, strict=True):
-        row[: longest - len(start.ids)] = 0
-    if len(starts) == 1:
-        return copy.deepcopy(starts[0].cache), mask_RL
-    cache = DynamicCache()
-    for layer in range(len(starts[0].cache.layers)):
-        pairs = [
-            [
-                torch.nn.functional.pad(states, (0, 0, longest - len(start.ids), 0))
-                for states in (start.cache.layers[layer].keys, start.cache.layers[layer].values)
-            ]
-            for start in starts
-        ]
-        cache.update(
-            torch.cat([keys for keys, _ in pairs]), torch.cat([values for _, values in pairs]), layer
-        )
-    return cache, mask_RL
+    pads = [longest - len(start.ids) for start in starts]
+    mask_RL = (torch.arange(longest) >= torch.tensor(pads)[:, None]).long()
+    return caches.join([start.cache for start in starts], pads), mask_RL

@@ -5,7 +5,7 @@
     answers.ask(questions[0])                                 # a row for each arm
 
 A question is answered where the greedy answer of up to 24 tokens holds the answer word for word, whatever its case.
-Memory asks of the documents that the question is about (`terminal.indexed`). Retrieved are the three best passages.
+Memory asks of the documents that the question is about (`generation.select`). Retrieved are the three best passages.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from engram_lm.corpus.text import json_lines, read_lines
 from engram_lm.errors import DataError
-from engram_lm.terminal.indexed import Indexed
 
 MOST, TOP = 24, 3
 TEXT = "Use the following text to answer the question.\n\n{text}\n\nQuestion: {question}"
@@ -63,54 +63,58 @@ class Answers:
         gate: Path | None = None,
         lam: float | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.directory = model, tokenizer, directory
-        self.gate, self.lam = gate, lam
+        from engram_lm.generation import TransformersEngine
+        from engram_lm.generation.gates import chosen_gate
+        from engram_lm.library import Library
+
+        self.engine, self.parts = (
+            TransformersEngine(model, tokenizer),
+            {"model": model, "tokenizer": tokenizer},
+        )
+        self.library = Library.open(directory, tokenizer=tokenizer)
+        self.named = gate is not None or lam is not None
+        # found when it is first needed: questions that are pointed at need none
+        self.gate = cache(lambda: chosen_gate(gate, lam, **self.parts))
         self.chat = bool(getattr(tokenizer, "chat_template", None))
-        self._shared: Indexed | None = None
 
     def ask(
         self, question: Question, *, passage: str | None = None, arms: Sequence[str] = ARMS
     ) -> list[dict[str, Any]]:
         """passage: a text for the arm "oracle", which reads it in the prompt."""
         # here, as it brings torch: questions are read and checked without
-        from engram_lm.terminal.speaking import prompt_ids, speak
+        from engram_lm.generation import Request, prompt_ids, stream
 
-        rows = []
+        rows, tokenizer = [], self.engine.tokenizer
         for arm in arms:
             begun = time.process_time()
-            indexed = self._indexed(question.question)
             text = passage if arm == "oracle" else None
             if arm in ("retrieval", "both"):
-                text = self._retrieved(indexed, question.question)
+                text = self._retrieved(question.question)
             turn = TEXT.format(text=text, question=question.question) if text else question.question
-            ids = prompt_ids(self.tokenizer, turn, chat=self.chat)
-            processor = indexed.processor(ids) if arm in ("memory", "both") else None
-            spoken = speak(self.model, self.tokenizer, ids, max_new_tokens=MOST, processor=processor)
-            said = [token.id for token in spoken][len(ids) :]
-            answer = self.tokenizer.decode(said, skip_special_tokens=True)
+            ids = prompt_ids(tokenizer, turn, chat=self.chat, encoder=self.library.encoder)
+            processor = self._processor(question.question, ids) if arm in ("memory", "both") else None
+            tokens = stream(self.engine, Request(ids=ids, max_new_tokens=MOST, watch=False), processor)
+            answer = tokenizer.decode([token.id for token in tokens][len(ids) :], skip_special_tokens=True)
             rows.append({
                 "arm": arm, "question": question.question, "answered": question.is_answered_by(answer), "text": answer,
                 "prompt_tokens": len(ids), "seconds": round(time.process_time() - begun, 3),
             })  # fmt: skip
         return rows
 
-    def _indexed(self, question: str) -> Indexed:
-        # the library of the first is kept: its chooser has read the documents
-        indexed = Indexed(
-            self.directory, model=self.model, tokenizer=self.tokenizer, gate=self.gate, lam=self.lam, tenant="public",
-            prompt=question, chat=self.chat, library=None if self._shared is None else self._shared.library,
-        )  # fmt: skip
-        self._shared = self._shared or indexed
-        return indexed
+    def _processor(self, question: str, ids: list[int]) -> Any:
+        from engram_lm.generation import processor_for, select
 
-    def _retrieved(self, indexed: Indexed, question: str) -> str:
-        chooser = indexed.library.chooser()
+        selection = select(self.library, question, chat=self.chat, pointing=not self.named)
+        return processor_for(selection, None if selection.focus else self.gate(), ids, **self.parts)
+
+    def _retrieved(self, question: str) -> str:
+        chooser = self.library.chooser()
         found = []
         for at, _, _ in chooser.ranked(question):
             passage = chooser.passages[at]
-            document = indexed.library.store.get(passage.id)
+            document = self.library.store.get(passage.id)
             if document is not None:
-                found.append(indexed.library.encoder.decode(document[1][passage.begin : passage.end]).strip())
+                found.append(self.library.encoder.decode(document[1][passage.begin : passage.end]).strip())
             if len(found) == TOP:
                 break
         return "\n".join(found)

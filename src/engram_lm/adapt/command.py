@@ -41,8 +41,9 @@ def adapt_command(
         raise ConfigError(f"{out} is a file; --out names a directory.")
     from engram_lm.adapt.answers import read_questions
     from engram_lm.bases.naming import find_model
+    from engram_lm.generation.gates import named_gate
+    from engram_lm.generation.loading import load_model
     from engram_lm.library import read_texts
-    from engram_lm.terminal.indexed import load_any, named_gate
 
     find_model(name)
     named_gate(gate, lam)
@@ -54,7 +55,7 @@ def adapt_command(
             "one JSON line for each part."
         )
     general_texts = list(itertools.islice(_general(general), windows))
-    model, tokenizer = load_any(name)
+    model, tokenizer = load_model(name)
     settings = _settings(name, model, texts, general_texts, windows=windows, gate=gate, lam=lam, seed=seed)
     kept = ResultRows(out / "rows", settings)
     with _library(out / "index", tokenizer, texts) as library:
@@ -81,8 +82,8 @@ class _Run:
         windows: int, seed: int,
     ) -> None:  # fmt: skip
         from engram_lm.adapt.arms import Arms, ModelReader
+        from engram_lm.generation.gates import chosen_gate
         from engram_lm.mixing.identity import rules_of
-        from engram_lm.terminal.indexed import chosen_gate
 
         self.model, self.tokenizer, self.library, self.kept, self.windows = (
             model,
@@ -101,7 +102,7 @@ class _Run:
         self.half = whole.restricted(self.indexed)
         self.sizes = {str(n): whole.restricted(self.indexed[:n]) for n in SIZES if n < len(self.indexed)}
         self.sizes[str(len(self.indexed))] = self.half
-        chosen = chosen_gate(gate, lam, whole, model=model, tokenizer=tokenizer)
+        chosen = chosen_gate(gate, lam, model=model, tokenizer=tokenizer)
         rules = rules_of(tokenizer, model, whole)
         self.arms = Arms(ModelReader(model), library.encoder, rules, chosen)
         self.facts: dict[str, Any] = {

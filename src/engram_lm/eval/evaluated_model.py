@@ -33,8 +33,8 @@ import torch
 import torch.nn.functional as F
 
 from engram_lm.attachment import NoiseRows, OtherRows, memories, memory_off, reading
-from engram_lm.attachment.loading import load_any
 from engram_lm.errors import ConfigError, DataError, ModelError, TokenIdError
+from engram_lm.generation.loading import load_model
 from engram_lm.identity import fingerprint_of
 from engram_lm.kvcache import cache_of, with_cache
 from engram_lm.library.encoding import TextEncoder
@@ -79,7 +79,7 @@ class EvaluatedModel:
     @classmethod
     def load(cls, name: str | Path, *, device: str | None = None, seed: int = 0) -> EvaluatedModel:
         """smollm2, a directory of a model or of a memory, a run, or a hub name."""
-        model, tokenizer = load_any(name)
+        model, tokenizer = load_model(name)
         return cls(model if device is None else model.to(device), tokenizer, name=str(name), seed=seed)
 
     def require_gates(self) -> None:

@@ -14,7 +14,6 @@
     scoring.py           whole texts (torch)
     processor.py         transformers' generate (torch); trace.py, what it records
     session.py           what a request has said so far, as one more document
-    speculative.py       several tokens a forward, read ahead in memory (torch)
     identity.py          which model and tokenizer
     gate_provenance.py   which documents a gate was fitted on
 
@@ -32,10 +31,6 @@ _HOME = {
     "TokenRules": "mix",
     "token_rules": "mix",
     "SessionMemory": "session",
-    "Drafted": "speculative",
-    "Drafts": "speculative",
-    "speculate": "speculative",
-    "speculating": "speculative",
     "MemoryStep": "trace",
     "summary": "trace",
     "MemoryProcessor": "processor",

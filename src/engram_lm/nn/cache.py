@@ -16,10 +16,12 @@ Growing history (dynamic caches) makes any crop exact; a static cache gets a tai
 that compiled graphs and CUDA graphs see the same memory.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DummyLayer, StaticCache
 
 from engram_lm.errors import StateError
@@ -103,6 +105,35 @@ class MemoryState(DummyLayer):
             self.seen, self.cropped = 0, False
             self.ids = None
             self.conv_inputs = {}
+
+    # ---- sequences that join a batch and leave it ---------------------------------------------------------------------
+
+    @classmethod
+    def join(cls, states: Sequence["MemoryState"], pads: Sequence[int]) -> "MemoryState":
+        """One growing state of the sequences of several; pads: places without a token put before each state's."""
+        first = states[0]
+        made = cls(keep=first.keep, fixed=False, memories=first.memories)
+        if first.ids is not None:
+            made.ids = torch.cat(
+                [pad(state.ids, (n, 0), value=ABSENT) for state, n in zip(states, pads, strict=True)]
+            )
+            made.conv_inputs = {
+                key: torch.cat(
+                    [pad(state.conv_inputs[key], (0, 0, n, 0)) for state, n in zip(states, pads, strict=True)]
+                )
+                for key in first.conv_inputs
+            }
+        made.seen = int(first.seen) + pads[0]
+        return made
+
+    def take(self, rows: list[int], cut: int = 0) -> "MemoryState":
+        """A growing state of some of its sequences, without the first `cut` places."""
+        made = type(self)(keep=self.keep, fixed=False, memories=self.memories)
+        if self.ids is not None:
+            made.ids = self.ids[rows, cut:]
+            made.conv_inputs = {key: value[rows, cut:] for key, value in self.conv_inputs.items()}
+        made.seen = int(self.seen) - cut
+        return made
 
     def _tensors(self) -> list[Tensor]:
         return ([] if self.ids is None else [self.ids]) + list(self.conv_inputs.values())
@@ -220,7 +251,7 @@ class Window:
         else:
             missing = length
         if missing > 0:
-            window_BSC = torch.nn.functional.pad(window_BSC, (0, 0, missing, 0))
+            window_BSC = pad(window_BSC, (0, 0, missing, 0))
         return window_BSC
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from engram_lm.errors import ConfigError, EngramError
 from engram_lm.extras import missing
+from engram_lm.generation.loading import require_parts
 from engram_lm.serve.http_errors import LOG
-from engram_lm.terminal.indexed import require_parts
 
 if TYPE_CHECKING:
     from engram_lm.serve.service import Service

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from engram_lm.serve.http_errors import Refusal, shown
 
 if TYPE_CHECKING:
+    from engram_lm.generation import Selection
+    from engram_lm.mixing.gate import Lambda
     from engram_lm.serve.schema import GenerateRequest
     from engram_lm.serve.served_mixture import ServedMixture
     from engram_lm.serve.served_model import ServedModel
@@ -44,8 +46,7 @@ def generate(
     emit: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Emit start, token and done events (`messages`); returns the last. emit raises where nobody listens any more."""
-    from engram_lm.terminal.decoding import PieceDecoder
-    from engram_lm.terminal.speaking import HeatView, speak
+    from engram_lm.generation import PieceDecoder, Request, TransformersEngine, processor_for, stream, summary
 
     begun = time.perf_counter()
     require_possible(loaded, mixed, asked)
@@ -54,16 +55,20 @@ def generate(
         prompt, retrieved = _with_passages(mixed, asked)
     ids = loaded.chat_ids(prompt) if asked.chat else loaded.text_ids(prompt, "prompt")
     loaded.require_room(len(ids), asked.max_tokens)
-    indexed = _indexed(loaded, mixed, asked) if asked.arm == "memory" else None
+    selection = processor = None
+    notes: list[str] = []
+    if asked.arm == "memory":
+        selection, gate, notes = _selected(mixed, asked)
+        processor = processor_for(selection, gate, ids, model=loaded.model, tokenizer=loaded.tokenizer)
     emit({"type": "start", "prompt_tokens": len(ids), "retrieved": list(dict.fromkeys(retrieved))})
-    tokens = speak(
-        loaded.model, loaded.tokenizer, ids, max_new_tokens=asked.max_tokens, temperature=asked.temperature,
-        seed=secrets.randbits(31) if asked.seed is None else asked.seed, view=HeatView(),
-        memory="on" if asked.tables else "off", processor=None if indexed is None else indexed.processor(ids),
+    request = Request(
+        ids=ids, max_new_tokens=asked.max_tokens, temperature=asked.temperature,
+        seed=secrets.randbits(31) if asked.seed is None else asked.seed, memory="on" if asked.tables else "off",
     )  # fmt: skip
     with_tables = asked.tables and loaded.has_tables
-    decoder, count, first_ms = PieceDecoder(loaded.tokenizer), 0, None
-    for token in tokens if indexed is None else indexed.watched(tokens):
+    decoder, count, first_ms, given = PieceDecoder(loaded.tokenizer), 0, None, []
+    for token in stream(TransformersEngine(loaded.model, loaded.tokenizer), request, processor):
+        given.append(token)
         if token.is_prompt:
             continue
         count += 1
@@ -83,7 +88,7 @@ def generate(
                 "documents": 0 if step is None else step.documents,
             }
         )
-    told = [] if indexed is None else [line.strip() for line in indexed.told()]
+    told = [] if selection is None else [line.strip() for line in summary(given, selection, notes)]
     if retrieved:
         told.append(f"{len(retrieved)} passages of {', '.join(dict.fromkeys(retrieved))} stand in the prompt")
     done = {
@@ -99,18 +104,25 @@ def generate(
     return done
 
 
-def _indexed(loaded: ServedModel, mixed: ServedMixture, asked: GenerateRequest) -> Any:
-    from engram_lm.terminal.indexed import Indexed
+def _selected(mixed: ServedMixture, asked: GenerateRequest) -> tuple[Selection, Lambda | None, list[str]]:
+    """(which documents answer, what mixes them in, sentences about that)."""
+    from engram_lm.generation import select
+    from engram_lm.mixing.gate import FixedLambda
 
+    library = mixed.shelf.library
     for name in asked.documents or []:
-        if name not in ("all", "auto") and mixed.shelf.library.store.get(name) is None:
+        if name not in ("all", "auto") and library.store.get(name) is None:
             raise Refusal(404, f"There is no document {shown(name)} in the index; perhaps it was deleted.")
-    lam = mixed.lam if asked.lam is None else min(asked.lam, MOST_LAMBDA)
-    return Indexed(
-        mixed.shelf.directory, model=loaded.model, tokenizer=loaded.tokenizer,
-        gate=mixed.gate_path if asked.lam is None else None, lam=lam, tenant="public", prompt=asked.prompt,
-        chat=asked.chat, documents=asked.documents or ["auto"], library=mixed.shelf.library,
-    )  # fmt: skip
+    named = asked.lam is not None or mixed.lam is not None or mixed.gate_path is not None
+    selection = select(
+        library, asked.prompt, asked.documents or ["auto"], chat=asked.chat, pointing=not named
+    )
+    if selection.focus:
+        return selection, None, []
+    if asked.lam is not None:
+        return selection, FixedLambda(min(asked.lam, MOST_LAMBDA)), []
+    gone = mixed.audit.note(library.store.snapshot())
+    return selection, mixed.gate, [gone] if gone else []
 
 
 def _with_passages(mixed: ServedMixture, asked: GenerateRequest) -> tuple[str, list[str]]:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from engram_lm.kvcache import cache_of, with_cache
 from engram_lm.serve.http_errors import Refusal
 from engram_lm.serve.limits import MOST_CHARACTERS_A_TOKEN
 
 if TYPE_CHECKING:
+    from engram_lm.generation import TransformersEngine
     from engram_lm.serve.schema import NextRequest
     from engram_lm.serve.served_mixture import LookUp, ServedMixture
     from engram_lm.serve.served_model import ServedModel
@@ -33,9 +33,9 @@ def next_tokens(
     """The answer to POST /api/next. mixed: of the index, None without one or where it is not wanted."""
     import torch
 
-    from engram_lm.terminal.speaking import last_logits_alone
+    from engram_lm.generation import TransformersEngine
 
-    begun = time.perf_counter()
+    begun, engine = time.perf_counter(), TransformersEngine(loaded.model)
     ids = loaded.text_ids(asked.prompt, "prompt")
     candidates = [(text, _candidate_ids(loaded, asked.prompt, text)) for text in asked.candidates]
     check()
@@ -47,17 +47,15 @@ def next_tokens(
         return None if snapshot is None else mixed.look_up(snapshot, context, logits_V)
 
     with torch.inference_mode(), loaded.tables(asked.tables):
-        output = loaded.model(
-            torch.tensor([ids], device=loaded.device), use_cache=True, **last_logits_alone(loaded.model)
-        )
-        logits_V = _row(output.logits[0, -1])
+        forward = engine.read(torch.tensor([ids]))
+        logits_V = _row(forward.logits_NKV[0, -1])
         found = look_up(ids, logits_V)
         told = []
         for text, tokens in candidates:
             rows = [logits_V]
             if len(tokens) > 1:
                 check()
-                rows += _more_rows(loaded, cache_of(output), tokens[:-1])
+                rows += _more_rows(engine, forward.cache, tokens[:-1])
             told.append({"text": text, "tokens": _parts(loaded, look_up, ids, tokens, rows)})
     p_model_V = _softmax(logits_V)
     lam, match, sources = 0.0, None, []
@@ -120,18 +118,17 @@ def _is_wide(sign: str) -> bool:
     return "⺀" <= sign <= "鿿" or "가" <= sign <= "힯" or "＀" <= sign <= "￯" or sign >= "\U00020000"
 
 
-def _more_rows(loaded: ServedModel, cache: Any, tokens: list[int]) -> list[np.ndarray]:
+def _more_rows(engine: TransformersEngine, cache: Any, tokens: list[int]) -> list[np.ndarray]:
     """Logits behind each of these tokens after the prompt in the cache, which is left as it was."""
     import torch
 
     croppable = getattr(cache, "is_croppable", False)
-    used = cache if croppable else copy.deepcopy(cache)
-    output = loaded.model(
-        torch.tensor([tokens], device=loaded.device), use_cache=True, **with_cache(loaded.model, used)
+    forward = engine.read(
+        torch.tensor([tokens]), cache=cache if croppable else copy.deepcopy(cache), last=len(tokens)
     )
     if croppable:
         cache.crop(-len(tokens))
-    return [_row(row) for row in output.logits[0]]
+    return [_row(row) for row in forward.logits_NKV[0]]
 
 
 def _parts(
@@ -163,7 +160,7 @@ def _top(loaded: ServedModel, p_V: np.ndarray, k: int) -> list[dict[str, Any]]:
 
 
 def _row(logits: Any) -> np.ndarray:
-    return np.ascontiguousarray(logits.float().cpu().numpy())
+    return np.ascontiguousarray(logits.numpy())
 
 
 def _softmax(logits_V: np.ndarray) -> np.ndarray:

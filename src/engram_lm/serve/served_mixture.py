@@ -39,12 +39,11 @@ class ServedMixture:
     def __init__(
         self, loaded: ServedModel, shelf: ServedIndex, *, gate: Path | None, lam: float | None
     ) -> None:
-        from engram_lm.terminal.indexed import chosen_gate
+        from engram_lm.generation.gates import Audit, chosen_gate
 
         self.loaded, self.shelf, self.gate_path, self.lam = loaded, shelf, gate, lam
-        self.gate: Lambda = chosen_gate(
-            gate, lam, shelf.snapshot(), model=loaded.model, tokenizer=loaded.tokenizer
-        )
+        self.gate: Lambda = chosen_gate(gate, lam, model=loaded.model, tokenizer=loaded.tokenizer)
+        self.audit = Audit(self.gate)
         self.gate_name = f"λ {lam:g}" if lam is not None else gate.name if gate is not None else "shipped"
 
     @cached_property

@@ -20,9 +20,9 @@ from engram_lm.serve.http_errors import Refusal
 from engram_lm.serve.limits import MOST_CHARACTERS_A_TOKEN, Limits
 
 if TYPE_CHECKING:
+    from engram_lm.generation import PromptEncoder
     from engram_lm.library.encoding import TextEncoder
 
-_CONTENT = "\x00"
 _TITLES = {"smollm2": "SmolLM2-135M-Instruct"}
 
 
@@ -54,16 +54,17 @@ class ServedModel:
         return next(self.model.parameters()).device
 
     @cached_property
-    def start_ids(self) -> list[int]:
-        """What the tokenizer puts before every text."""
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        return [bos] if bos is not None and self.tokenizer("a").input_ids[:1] == [bos] else []
+    def prompts(self) -> PromptEncoder:
+        from engram_lm.generation import PromptEncoder
+
+        return PromptEncoder(self.tokenizer, self.encoder)
 
     def text_ids(self, text: str, what: str = "text") -> list[int]:
         """Ids of a text as it is. Refusal 422 where it is empty, 413 where it is too long."""
         if not text:
             raise Refusal(422, f"The {what} is empty; write something first.")
-        return [*self.start_ids, *self._encoded(text, what)]
+        self._require_short(text, what)
+        return self._require_few(self.prompts.text(text), len(self.prompts.start), what)
 
     def chat_ids(self, turn: str, what: str = "prompt") -> list[int]:
         """Ids of a user's turn in the chat template. Refusal 422 where the tokenizer has none."""
@@ -71,29 +72,29 @@ class ServedModel:
             raise Refusal(422, f"The {what} is empty; write something first.")
         if not self.can_chat:
             raise Refusal(422, "This model has no chat template; ask it to go on with a text instead.")
-        head, tail = self._template
-        return [*head, *self._encoded(turn.strip(), what), *tail]
+        self._require_short(turn, what)
+        return self._require_few(self.prompts.chat(turn), self._n_template, what)
 
     @property
     def can_chat(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return self.prompts.can_chat
 
     @cached_property
-    def _template(self) -> tuple[list[int], list[int]]:
-        turn = [{"role": "user", "content": _CONTENT}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        head, _, tail = text.partition(_CONTENT)
-        return tuple(self.tokenizer(part, add_special_tokens=False).input_ids for part in (head, tail))
+    def _n_template(self) -> int:
+        """How many tokens a chat template puts around a turn."""
+        return len(self.prompts.chat("a")) - len(self.encoder.encode("a"))
 
-    def _encoded(self, text: str, what: str) -> list[int]:
+    def _require_short(self, text: str, what: str) -> None:
         most = self.limits.text_tokens
         if len(text) > most * MOST_CHARACTERS_A_TOKEN:
             raise Refusal(
                 413, f"The {what} has {len(text):,} characters; at most {most:,} tokens are read here."
             )
-        ids = self.encoder.encode(text).tolist()
-        if len(ids) > most:
-            raise Refusal(413, f"The {what} has {len(ids):,} tokens; at most {most:,} are read here.")
+
+    def _require_few(self, ids: list[int], n_around: int, what: str) -> list[int]:
+        most, n = self.limits.text_tokens, len(ids) - n_around
+        if n > most:
+            raise Refusal(413, f"The {what} has {n:,} tokens; at most {most:,} are read here.")
         return ids
 
     def require_room(self, n_prompt: int, n_new: int) -> None:
@@ -173,9 +174,9 @@ class ServedModel:
 
 def load(name: str, *, limits: Limits | None = None) -> ServedModel:
     """Load what `engram-lm generate --index` would: a memory directory, a run, smollm2, a path or a hub name."""
-    from engram_lm.terminal.indexed import load_any
+    from engram_lm.generation import load_model
 
-    model, tokenizer = load_any(name)
+    model, tokenizer = load_model(name)
     model.eval()
     return ServedModel(name=name, model=model, tokenizer=tokenizer, limits=limits or Limits())
 
@@ -185,8 +186,7 @@ def measure_share(loaded: ServedModel, texts: list[str]) -> None:
     import torch
 
     from engram_lm.attachment import trace
-    from engram_lm.terminal.command import scale_for
-    from engram_lm.terminal.speaking import HeatView
+    from engram_lm.generation.strengths import HeatView, full_share
 
     if not loaded.has_tables:
         return
@@ -196,5 +196,4 @@ def measure_share(loaded: ServedModel, texts: list[str]) -> None:
         with torch.inference_mode(), trace(loaded.model) as records:
             loaded.model(ids, use_cache=False)
         strengths += HeatView().strengths(records).tolist()
-    scale = scale_for(Path(loaded.name), "share", None, strengths, of="of the examples")
-    loaded.full_share, loaded.full_share_why = float(scale.full), scale.why
+    loaded.full_share, loaded.full_share_why = full_share(Path(loaded.name), strengths, of="of the examples")

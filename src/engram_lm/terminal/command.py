@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from engram_lm.bases.naming import require_memory
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.extras import missing
+from engram_lm.generation.loading import load_model, load_with_memory, require_parts
+from engram_lm.generation.strengths import full_share
 from engram_lm.terminal.heat import ColourWish, Quantity, Scale, legend, paint, wants_colour
 
 SESSION_TOKENS = 4096  # of prompt and output that a session remembers
@@ -79,43 +79,108 @@ def generate_command(
     directory = Path(name)
     if index is None:
         require_memory(name, instead=" To go on without one, mix documents in: --index DIR.")
-        model, tokenizer = load(directory, tier=tier, cache_bytes=cache_bytes)
+        model, tokenizer = load_with_memory(directory, tier=tier, cache_bytes=cache_bytes)
     elif tier != "device":
         raise ConfigError("--tier is not for --index: load the memory's rows on the model's device.")
     else:
-        from engram_lm.terminal.indexed import Indexed, load_any, require_parts
-
         require_parts(name, index, gate=gate, lam=lam)
-        model, tokenizer = load_any(name)
-    from engram_lm.terminal.speaking import HeatView, prompt_ids, speak
+        model, tokenizer = load_model(name)
+    from engram_lm.generation import HeatView, Request, TransformersEngine, prompt_ids, stream
 
+    engine = TransformersEngine(model, tokenizer)
     view = HeatView(quantity=heat or ("share" if index is None else "index"), block=block, branch=branch)
-    ids = prompt_ids(tokenizer, prompt, chat=chat)
-    indexed = (
-        None if index is None else Indexed(
-            index, model=model, tokenizer=tokenizer, gate=gate, lam=lam, tenant=tenant or "public",
-            prompt=prompt, chat=chat, documents=documents or ["auto"], top_k=top_k or 0, drafts=drafts,
-            session=SESSION_TOKENS if session else "off", most_verbatim=most_verbatim, strict=strict,
-            count=count,
-        )
-    )  # fmt: skip
     options = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "memory": memory,
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed or 0, "memory": memory, "view": view,
     }  # fmt: skip
-    if indexed is None:
-        tokens = speak(model, tokenizer, ids, view=view, **options)
-    else:
-        tokens = indexed.speak(ids, **options)
-    coloured = wants_colour(sys.stdout, color) and (memory == "on" or indexed is not None)
+    if index is None:
+        request = Request(ids=prompt_ids(tokenizer, prompt, chat=chat), **options)
+        tokens = stream(engine, request)
+        coloured = wants_colour(sys.stdout, color) and memory == "on"
+        scale = (lambda strengths: scale_for(directory, view.quantity, full, strengths)) if coloured else None
+        write_heat(tokens, tokenizer, scale=scale, where=view.describe(), show_prompt=not chat)
+        return
+    lines = answer_from_index(
+        index, engine, prompt, chat=chat, gate=gate, lam=lam, tenant=tenant or "public",
+        documents=documents or ["auto"], top_k=top_k or 0, drafts=drafts,
+        session=SESSION_TOKENS if session else "off", most_verbatim=most_verbatim, strict=strict, count=count,
+        coloured=wants_colour(sys.stdout, color), options=options,
+    )  # fmt: skip
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def answer_from_index(
+    directory: Path,
+    engine: Any,
+    prompt: str,
+    *,
+    chat: bool,
+    gate: Path | None,
+    lam: float | None,
+    tenant: str,
+    documents: list[str],
+    top_k: int,
+    drafts: bool,
+    session: int | Literal["off"],
+    most_verbatim: int | None,
+    strict: bool,
+    count: str | None,
+    coloured: bool,
+    options: dict[str, Any],
+) -> list[str]:
+    """Print a prompt and what follows with an index beside the model; lines that say what the index did.
+
+    options: of `generation.Request`.
+    """
+    from engram_lm.generation import Request, processor_for, prompt_ids, select, stream, summary
+    from engram_lm.generation.gates import Audit, chosen_gate, counting
+    from engram_lm.generation.speculative import Drafter
+    from engram_lm.library import Library
+
+    parts: dict[str, Any] = {"model": engine.model, "tokenizer": engine.tokenizer}
+    library = Library.open(directory, tokenizer=engine.tokenizer)
+    ids, notes, mixed = prompt_ids(engine.tokenizer, prompt, chat=chat, encoder=library.encoder), [], None
+    selection = select(
+        library, prompt, documents, top_k, chat=chat, tenant=tenant, pointing=gate is None and lam is None
+    )
+    if selection.focus and (drafts or session != "off" or most_verbatim is not None or count is not None):
+        raise ConfigError(
+            "This question is answered by naming words of a sentence, where --drafts, --session, --most-verbatim and "
+            "--count have no effect: mix the documents in with --gate or --lam, or ask the whole index with --documents "
+            "all."
+        )
+    if not selection.focus:
+        mixed = chosen_gate(gate, lam, **parts)
+        mixed = mixed if count is None else counting(mixed, count, selection.snapshot)
+        if gone := Audit(mixed).note(library.store.snapshot(tenant)):
+            if strict:
+                raise ConfigError(gone)
+            notes.append(gone)
+    processor = processor_for(selection, mixed, ids, session=session, most_verbatim=most_verbatim, **parts)
+    drafter = Drafter(processor) if drafts else None
+    given: list[Any] = []
+
+    def tokens() -> Iterator[Any]:
+        for token in stream(
+            engine, Request(ids=ids, watch=not drafts, **options), processor, drafter=drafter
+        ):
+            given.append(token)
+            yield token
+
+    scale = Scale("index", 1.0, "all of it")
     write_heat(
-        tokens if indexed is None else indexed.watched(tokens),
-        tokenizer,
-        scale=(lambda strengths: scale_for(directory, view.quantity, full, strengths)) if coloured else None,
-        where=view.told if indexed is None else "index",
+        tokens(),
+        engine.tokenizer,
+        scale=(lambda _: scale) if coloured else None,
+        where="index",
         show_prompt=not chat,
     )
-    for line in [] if indexed is None else indexed.told():
-        print(line, file=sys.stderr)
+    if drafter is not None:
+        notes.append(
+            f"{len(given) - len(ids)} tokens in {drafter.forwards} forwards; {drafter.accepted} of {drafter.drafted} "
+            "drafted tokens kept"
+        )
+    return summary(given, selection, notes)
 
 
 def write_heat(
@@ -128,7 +193,7 @@ def write_heat(
 ) -> str:
     """Stream tokens to stdout and return their text. `scale` None writes plain text; a function makes one from the
     strengths of the prompt, and then a legend comes first."""
-    from engram_lm.terminal.decoding import PieceDecoder
+    from engram_lm.generation import PieceDecoder
 
     decoder, held, written = PieceDecoder(tokenizer), 0.0, []
     waiting, tokens = _prompt_first(tokens)
@@ -161,42 +226,14 @@ def _prompt_first(tokens: Any) -> tuple[list[Any], Any]:
 
 
 def scale_for(
-    directory: Path,
-    quantity: Quantity,
-    full: float | None,
-    strengths: list[float],
-    *,
-    of: str = "of the prompt",
+    directory: Path, quantity: Quantity, full: float | None, strengths: list[float], **of: str
 ) -> Scale:
-    """What full red means: what was asked for, else what the run measured, else the strongest token of the prompt."""
+    """What full red means: what was asked for, else what `full_share` says. of: of which texts the strengths are."""
     if quantity == "gate":
         return Scale("gate", 1.0, "an open gate")
-    if quantity == "index":
-        return Scale("index", 1.0, "all of it")
     if full is not None:
         return Scale("share", full, "as asked for")
-    measured = measured_share(directory)
-    if measured:
-        return Scale("share", measured, "1 held-out token in 100 has more")
-    strongest = max(strengths)
-    return Scale(
-        "share",
-        strongest or 1.0,
-        f"the strongest token {of}" if strongest else "memory adds nothing here",
-    )
-
-
-def measured_share(directory: Path) -> float | None:
-    """The share that one held-out token in a hundred exceeds, where the training run beside the memory measured it."""
-    for beside in (directory, directory.parent.parent):
-        try:
-            return (
-                float(json.loads((beside / "run.json").read_text(encoding="utf8"))["results"]["share"]["p99"])
-                or None
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return None
+    return Scale("share", *full_share(directory, strengths, **of))
 
 
 def trace_command(
@@ -214,11 +251,11 @@ def trace_command(
     if limit < 0:
         raise ConfigError(f"limit is a number of tokens, 0 for all; got {limit}.")
     require_memory(directory)
-    model, tokenizer = load(directory)
+    model, tokenizer = load_with_memory(directory)
     import torch
 
     from engram_lm.attachment import trace
-    from engram_lm.terminal.speaking import HeatView
+    from engram_lm.generation import HeatView
     from engram_lm.terminal.tables import print_trace, trace_json
 
     view = HeatView(block=block, branch=branch)
@@ -237,15 +274,3 @@ def console() -> Any:
     from rich.console import Console
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 240)
-
-
-def load(directory: Path, **placement: Any) -> tuple[Any, Any]:
-    """(model with memory, tokenizer) of a directory that `engram-lm train` or `save_memory` wrote.
-
-    placement: `tier` and `cache_bytes`, as `from_pretrained` takes them.
-    """
-    try:
-        from engram_lm.attachment.loading import load_with_memory
-    except ImportError as error:
-        raise missing(f"A model with memory needs torch and transformers ({error})", "hf") from error
-    return load_with_memory(directory, **placement)

@@ -81,24 +81,26 @@ def _prompts(directory: Path) -> list[dict[str, str]]:
 
 def _scale(model: Any, tokenizer: Any, directory: Path, prompts: list[dict[str, str]]) -> Scale:
     """One scale for all texts, so that their reds can be compared."""
-    from engram_lm.terminal.speaking import prompt_ids, speak
+    from engram_lm.generation import Request, TransformersEngine, prompt_ids, stream
 
+    engine = TransformersEngine(model, tokenizer)
     strengths = [
         token.strength
         for each in prompts
-        for token in speak(model, tokenizer, prompt_ids(tokenizer, each["prompt"]), max_new_tokens=0)
+        for token in stream(engine, Request(ids=prompt_ids(tokenizer, each["prompt"]), max_new_tokens=0))
     ]
     return scale_for(directory, "share", None, strengths, of="of the prompts")
 
 
 def _compare(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, scale: Scale | None) -> bool:
     """Print a text with memory and without; True where they differ."""
-    from engram_lm.terminal.speaking import prompt_ids, speak
+    from engram_lm.generation import Request, TransformersEngine, prompt_ids, stream
 
+    engine = TransformersEngine(model, tokenizer)
     ids, texts = prompt_ids(tokenizer, prompt), []
     for memory in ("on", "off"):
         print(f"\nmemory {memory}:", flush=True)
-        tokens = speak(model, tokenizer, ids, max_new_tokens=max_new_tokens, memory=memory)
+        tokens = stream(engine, Request(ids=ids, max_new_tokens=max_new_tokens, memory=memory))
         texts.append(write_heat(tokens, tokenizer, scale=scale if memory == "on" else None, where=""))
     return texts[0] != texts[1]
 
@@ -108,7 +110,7 @@ def _one_token(model: Any, tokenizer: Any, text: str) -> None:
     import torch
 
     from engram_lm.attachment import trace
-    from engram_lm.terminal.speaking import HeatView
+    from engram_lm.generation import HeatView
     from engram_lm.terminal.tables import print_trace
 
     with torch.no_grad(), trace(model) as records:

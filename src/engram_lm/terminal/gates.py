@@ -9,7 +9,7 @@ from typing import Any
 
 from engram_lm.corpus.text import require_documents
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.terminal.indexed import require_parts
+from engram_lm.generation.loading import load_model, require_parts
 
 NAMES_NONE = "it names no documents that it was fitted on: a shipped gate, or one of an earlier version"
 
@@ -36,9 +36,8 @@ def fit_command(
     from engram_lm.mixing.gate_provenance import fingerprints
     from engram_lm.mixing.identity import model_print
     from engram_lm.progress import Progress
-    from engram_lm.terminal.indexed import load_any
 
-    model, tokenizer = load_any(name)
+    model, tokenizer = load_model(name)
     with Library.open(index, tokenizer=tokenizer) as library:
         snapshot = library.store.snapshot(tenant)
         read = (library.encoder.encode(document.text) for document in read_documents(general))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from engram_lm.terminal.speaking import HeatView
+from engram_lm.generation.strengths import HeatView
 from engram_lm.traces import LayerTrace
 
 # Addresses that fit into a table; JSON has all.

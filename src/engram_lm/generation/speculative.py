@@ -21,8 +21,7 @@ more (10-50 µs). Caches that cannot be cropped (recurrent states) are refused; 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,7 +29,9 @@ import numpy as np
 import torch
 
 from engram_lm.errors import ConfigError
-from engram_lm.kvcache import NAMES, cache_in, cache_of, with_cache
+from engram_lm.generation.decoder import Decoder, Request, Row
+from engram_lm.generation.engines import TransformersEngine, end_ids
+from engram_lm.kvcache import NAMES, cache_in
 from engram_lm.mixing.processor import MemoryProcessor, memory_processor
 
 if TYPE_CHECKING:
@@ -121,48 +122,29 @@ def speculating(
         raise ConfigError(
             f"max_new_tokens is at least 1 and temperature at least 0; got {max_new_tokens} and {temperature}."
         )
-    room = getattr(model.config, "max_position_embeddings", None)
-    if room and ids_1T.shape[1] + max_new_tokens > room:
-        raise ConfigError(
-            f"{ids_1T.shape[1]} tokens of prompt and {max_new_tokens} new ones exceed the model's {room}."
-        )
     processor = memory_processor(
         snapshot, gate, ids_1T, tokenizer=tokenizer, model=model, rules=rules, end=end, session=session,
         most_verbatim=most_verbatim,
     )  # fmt: skip
-    guesser = Guesser(processor, most=drafts, worth=worth)
-    random = torch.Generator().manual_seed(seed)
-    steps: list[MemoryStep | None] = []
-
-    def choose(said_1T: torch.Tensor, logits_1V: torch.Tensor) -> int:
-        scores_V = processor(said_1T, logits_1V)[0]
-        if temperature == 0:
-            token = int(scores_V.argmax())
-        else:
-            token = int(torch.multinomial(torch.softmax(scores_V / temperature, -1), 1, generator=random))
-        steps.append(processor.step_of(token))
-        return token
-
-    ends = getattr(model.generation_config, "eos_token_id", None)
-    ends = set(ends) if isinstance(ends, list | tuple) else {ends}
-    tokens: list[int] = []
-    for token in _decode(
-        model,
-        ids_1T.cpu(),
-        None,
-        guesser,
-        choose,
-        lambda said_1T: int(said_1T[0, -1]) in ends,
-        max_new_tokens,
-    ):
-        tokens.append(token)
-        yield token, steps[-1]
+    request = Request(
+        ids=ids_1T[0].tolist(), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, watch=False,
+        ends=frozenset(end_ids(model, None)),
+    )  # fmt: skip
+    drafter = Drafter(processor, most=drafts, worth=worth)
+    decoder = Decoder(TransformersEngine(model))
+    row = decoder.add(request, processor, drafter)
+    while not row.finished:
+        for token in decoder.step([row])[0]:
+            if not token.is_prompt:
+                yield token.id, token.step
+    end_token = [] if row.end is None else [row.end]
+    yield from end_token
     return Drafted(
-        tokens=tokens,
-        steps=steps,
-        forwards=guesser.forwards,
-        drafted=guesser.drafted,
-        accepted=guesser.accepted,
+        tokens=[*row.new_tokens, *(token for token, _ in end_token)],
+        steps=[*row.steps[len(request.ids) :], *(step for _, step in end_token)],
+        forwards=drafter.forwards,
+        drafted=drafter.drafted,
+        accepted=drafter.accepted,
     )
 
 
@@ -174,19 +156,19 @@ class Drafts:
     """
 
     def __init__(self, processor: MemoryProcessor, *, drafts: int = 16, worth: float = WORTH) -> None:
-        self._guesser = Guesser(processor, most=drafts, worth=worth)
+        self._drafter = Drafter(processor, most=drafts, worth=worth)
 
     @property
     def forwards(self) -> int:
-        return self._guesser.forwards
+        return self._drafter.forwards
 
     @property
     def drafted(self) -> int:
-        return self._guesser.drafted
+        return self._drafter.drafted
 
     @property
     def accepted(self) -> int:
-        return self._guesser.accepted
+        return self._drafter.accepted
 
     def __call__(
         self,
@@ -213,22 +195,27 @@ class Drafts:
         if unknown:
             raise ConfigError(f"Drafts know nothing of generate's {', '.join(sorted(unknown))}.")
 
-        def choose(said_1T: torch.Tensor, logits_1V: torch.Tensor) -> int:
-            scores_1V = logits_processor(said_1T, logits_1V)
-            if not generation_config.do_sample:
-                return int(scores_1V.argmax())
-            return int(torch.multinomial(torch.softmax(scores_1V, -1), 1))
+        sample, n_new = generation_config.do_sample, generation_config.max_length - input_ids.shape[1]
 
-        tokens = list(
-            _decode(
-                model, input_ids, cache, self._guesser, choose, lambda said: bool(stopping_criteria(said, None).all()),
-                generation_config.max_length - input_ids.shape[1],
-            )
-        )  # fmt: skip
-        return torch.cat([input_ids, input_ids.new_tensor([tokens])], 1)
+        class Generated(Row):
+            def choose(self, logits_V: torch.Tensor) -> tuple[int, None]:
+                scores_V = logits_processor(self.said_1T[:, : self.n], logits_V[None])[0]
+                token = torch.multinomial(torch.softmax(scores_V, -1), 1) if sample else scores_V.argmax()
+                return int(token), None
+
+            def is_over(self) -> bool:
+                return bool(stopping_criteria(self.said_1T[:, : self.n], None).all())
+
+        request = Request(ids=input_ids[0].tolist(), max_new_tokens=n_new, watch=False, ends=frozenset())
+        row = Generated(request, None, self._drafter)
+        row.go_on_from(cache)
+        decoder = Decoder(TransformersEngine(model))
+        while not row.finished:
+            decoder.step([row])
+        return torch.cat([input_ids, input_ids.new_tensor([row.new_tokens])], 1)
 
 
-class Guesser:
+class Drafter:
     """What memory would say next, and how often it was right. most: tokens a draft; 0 for none."""
 
     def __init__(self, processor: MemoryProcessor, *, most: int, worth: float) -> None:
@@ -241,6 +228,15 @@ class Guesser:
         # [7 lengths, 3 shares of the first choice]
         self.right = _RIGHT[:, None] * np.array([0.5, 0.8, 1.0])
         self._asked: list[tuple[tuple[int, int], int]] = []
+
+    def begin(self, engine: TransformersEngine, cache: Any) -> None:
+        """Once the prompt was read. ConfigError where drafts cannot be taken back from such a cache."""
+        if self.most:
+            engine.begin_drafts(cache)
+
+    def count(self, n: int) -> None:
+        """One forward with a draft of `n` tokens."""
+        self.forwards, self.drafted = self.forwards + 1, self.drafted + n
 
     def guess(self, said_T: np.ndarray, left: int) -> list[int]:
         """A draft of at most `left` tokens after int64 [T]. One look-up at least, to learn from."""
@@ -280,63 +276,3 @@ class Guesser:
         if place < len(self._asked):
             bucket, guessed = self._asked[place]
             self.right[bucket] += _STEP * ((token == guessed) - self.right[bucket])
-
-
-def _decode(
-    model: Any,
-    ids_1T: torch.Tensor,
-    cache: Any,
-    guesser: Guesser,
-    choose: Callable[[torch.Tensor, torch.Tensor], int],
-    done: Callable[[torch.Tensor], bool],
-    left: int,
-) -> Iterator[int]:
-    """The tokens that are chosen. said[:n] is decided, the cache holds said[:read]."""
-    n, forwards, read = ids_1T.shape[1], 0, 0 if cache is None else int(cache.get_seq_length())
-    said_1T = torch.cat([ids_1T, ids_1T.new_zeros((1, left))], 1)
-    plain_T = said_1T[0].cpu().numpy().astype(np.int64)
-    device = next(model.parameters()).device
-    keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-    while left > 0:
-        # the prompt is read alone: only then is a cache told to keep what it may have to give back
-        draft = guesser.guess(plain_T[:n], left - 1) if forwards else []
-        k = len(draft)
-        said_1T[0, n : n + k] = torch.tensor(draft, dtype=said_1T.dtype)
-        with torch.no_grad():
-            output = model(
-                said_1T[:, read : n + k].to(device), use_cache=True, **with_cache(model, cache),
-                **({"logits_to_keep": k + 1} if keeps else {}),
-            )  # fmt: skip
-        logits_KV = output.logits[0, -k - 1 :].float().to(said_1T.device)
-        cache, forwards = _require_crop(model, output, guesser, first=not forwards), forwards + 1
-        guesser.forwards += 1
-        guesser.drafted += k
-        for place in range(k + 1):
-            token = choose(said_1T[:, : n + place], logits_KV[place : place + 1])
-            guesser.learn(place, token)
-            said_1T[0, n + place] = plain_T[n + place] = token
-            accepted = place < k and token == draft[place]
-            guesser.accepted += accepted
-            yield token
-            if done(said_1T[:, : n + place + 1]):
-                return
-            if not accepted:
-                break
-        if guesser.most and forwards > 1:
-            cache.crop(place - k)
-        read, n, left = n + place, n + place + 1, left - place - 1
-
-
-def _require_crop(model: Any, output: Any, guesser: Guesser, *, first: bool) -> Any:
-    cache = cache_of(output)
-    if first:
-        if cache is None:
-            raise ConfigError(f"{type(model).__name__} makes no cache to go on from.")
-        if guesser.most:
-            if not getattr(cache, "is_croppable", False):
-                raise ConfigError(
-                    f"The cache of {type(model).__name__} holds states that cannot be taken back when a draft is "
-                    "rejected. Use drafts=0."
-                )
-            cache.activate_past_recording()
-    return cache
