@@ -1,5 +1,7 @@
 """Rows that come and go say what each says alone; engines are taken by what they give."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -237,7 +239,7 @@ class Bigrams:
 
     def __init__(self, text):
         self.logits_VV = torch.zeros(V, V)
-        for one, other in zip(text, text[1:], strict=False):
+        for one, other in itertools.pairwise(text):
             self.logits_VV[one, other] += 1
 
     def read(self, ids_NT, *, cache=None, mask_NL=None, last=1, memory="on", watch=False):

@@ -3,12 +3,12 @@
 import pytest
 
 pytest.importorskip("transformers")
-from transformers import PreTrainedTokenizerFast  # noqa: E402
+from transformers import PreTrainedTokenizerFast
 
-from engram_lm import demo  # noqa: E402
-from engram_lm.bases.recipes import byte_tokenizer  # noqa: E402
-from engram_lm.errors import ConfigError  # noqa: E402
-from engram_lm.generation import PromptEncoder, prompt_ids  # noqa: E402
+from engram_lm import demo
+from engram_lm.bases.recipes import byte_tokenizer
+from engram_lm.errors import ConfigError
+from engram_lm.generation import PromptEncoder, prompt_ids
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -253,7 +253,7 @@ def test_arithmetic_and_files_load_without_torch():
     code = (
         "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
         "import engram_lm.mixing as m\n"
-        "from engram_lm.mixing import fit, reading, session, trace, trained, onepass, identity\n"
+        "from engram_lm.mixing import fit, lookups, session, trace, gate_provenance, onepass, identity\n"
         "m.default_gate; m.Gate; m.TokenRules; m.FixedLambda; m.SessionMemory; m.summary; print(dir(m)[0])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

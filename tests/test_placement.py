@@ -114,7 +114,7 @@ def test_a_prefetch_that_fails_changes_no_value_and_is_logged(way, model, tmp_pa
         raise RuntimeError("injected")
 
     monkeypatch.setattr(DiskStore, "read_records", fail_ahead)
-    monkeypatch.setattr(disk.Begun, "finish", fail_to_finish)
+    monkeypatch.setattr(disk.PostedGather, "finish", fail_to_finish)
     with torch.no_grad(), caplog.at_level(logging.WARNING):
         assert torch.equal(twin(ids).logits, model(ids).logits)
     assert len(failed) == 2
@@ -125,7 +125,7 @@ def test_a_prefetch_that_fails_changes_no_value_and_is_logged(way, model, tmp_pa
 def test_shadow_mode_notices_other_rows(way, model, tmp_path, monkeypatch):
     without_sending(way, monkeypatch)
     twin, gather = placed(model, packed(model, tmp_path), tier="disk"), DiskStore.gather
-    finish = disk.Begun.finish
+    finish = disk.PostedGather.finish
 
     def other_ahead(self, address, **options):
         rows = gather(self, address, **options)
@@ -139,7 +139,7 @@ def test_shadow_mode_notices_other_rows(way, model, tmp_path, monkeypatch):
     for table in tables(twin):
         table.shadow = True
     monkeypatch.setattr(DiskStore, "gather", other_ahead)
-    monkeypatch.setattr(disk.Begun, "finish", other_at_the_end)
+    monkeypatch.setattr(disk.PostedGather, "finish", other_at_the_end)
     with torch.no_grad(), pytest.raises(StateError, match="brought other rows than a gather"):
         twin(text())
 

@@ -347,7 +347,7 @@ def test_opening_needs_neither_torch_nor_safetensors(tmp_path):
     write_safetensors(tmp_path / "m.safetensors", V41)
     program = (
         "import sys\n"
-        "from engram_lm.tables import open_shipped\n"
+        "from engram_lm.storage import open_shipped\n"
         f"assert open_shipped({str(tmp_path)!r})[1].n_rows == 8\n"
         "heavy = {'torch', 'safetensors', 'transformers'} & set(sys.modules)\n"
         "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)\n"

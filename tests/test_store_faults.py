@@ -335,8 +335,8 @@ def test_the_lock_ends_with_its_process_even_where_children_live_on(tmp_path):
     Index.create(path, vocab_size=VOCAB).close()
     script = """
 import os, signal, sys, time
-from engram_lm.index.store import Store
-store = Store.open(sys.argv[1], "write")
+from engram_lm.index.store import Index
+store = Index.open(sys.argv[1], "write")
 if os.fork() == 0:
     try:
         store.add([("child", [1])])

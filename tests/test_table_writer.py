@@ -64,8 +64,8 @@ KILL = """
 import json, os, signal, sys
 from pathlib import Path
 import test_table_writer as t
-from engram_lm.tables import format as packed
-from engram_lm.tables import writer as written
+from engram_lm.storage import format as packed
+from engram_lm.storage import writer as written
 
 path, step = Path(sys.argv[1]), int(sys.argv[2])
 whole, sources = Path(sys.argv[3]).read_bytes(), (written.__file__, packed.__file__)
@@ -170,12 +170,12 @@ def test_killed_at_random_times(tmp_path):
 import os, random, signal, sys, time
 from pathlib import Path
 import numpy as np
-from engram_lm.storage.writer import Writer
+from engram_lm.storage.writer import TableWriter
 
 path, rng = Path(sys.argv[1]), random.Random(0)
 rows = np.random.default_rng(0).integers(0, 256, (60_000, 1024), dtype=np.uint8)
 def go():
-    with Writer(path, n_rows=len(rows), width=1024, codec="fp8_e4m3") as writer:
+    with TableWriter(path, n_rows=len(rows), width=1024, codec="fp8_e4m3") as writer:
         start = writer.rows_done
         for first in range(start, len(rows), 977):
             writer.add(rows[first : first + 977])
@@ -343,7 +343,7 @@ def test_the_lock_dies_with_its_process(whole, tmp_path):
     code = """
 import sys
 import test_table_writer as t
-writer = t.Writer(t.Path(sys.argv[1]), n_rows=t.N_ROWS, **t.OPTIONS)
+writer = t.TableWriter(t.Path(sys.argv[1]), n_rows=t.N_ROWS, **t.OPTIONS)
 writer.add(t.records()[:21])
 print("locked", flush=True)
 sys.stdin.read()
@@ -489,11 +489,11 @@ def test_memory_stays_small_however_large_the_table(tmp_path):
     code = """
 import resource, sys
 import numpy as np
-from engram_lm.tables import Writer, verify
+from engram_lm.storage import TableWriter, verify
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 def go(path, n, stop):
-    with Writer(path, n_rows=n, width=264, codec="fp8_e4m3") as writer:
+    with TableWriter(path, n_rows=n, width=264, codec="fp8_e4m3") as writer:
         while writer.rows_done < stop:
             writer.add(piece[: stop - writer.rows_done])
         if stop == n:

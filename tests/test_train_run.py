@@ -71,14 +71,14 @@ def cut_at(monkeypatch):
     """Makes the next run end at a step, without a word and after the checkpoint of that step if one is due."""
 
     def cut_at(step):
-        original = run_module.Conductor.on_step_begin
+        original = run_module.RunCallback.on_step_begin
 
         def on_step_begin(self, args, state, control, **more):
             if state.global_step == step:
-                monkeypatch.setattr(run_module.Conductor, "on_step_begin", original, raising=False)
+                monkeypatch.setattr(run_module.RunCallback, "on_step_begin", original, raising=False)
                 raise Cut
 
-        monkeypatch.setattr(run_module.Conductor, "on_step_begin", on_step_begin, raising=False)
+        monkeypatch.setattr(run_module.RunCallback, "on_step_begin", on_step_begin, raising=False)
 
     return cut_at
 
@@ -223,14 +223,14 @@ def test_out_of_time_leaves_a_memory_and_goes_on(finished, text, tmp_path, monke
 
 
 def test_interrupt_saves_a_checkpoint_and_goes_on(finished, text, tmp_path, monkeypatch):
-    step_end = run_module.Conductor.on_step_end
+    step_end = run_module.RunCallback.on_step_end
 
     def interrupted(self, args, state, control, **more):
         if state.global_step == 5:
             os.kill(os.getpid(), signal.SIGINT)
         step_end(self, args, state, control, **more)
 
-    monkeypatch.setattr(run_module.Conductor, "on_step_end", interrupted)
+    monkeypatch.setattr(run_module.RunCallback, "on_step_end", interrupted)
     outcome = train(tiny_config(text), out=tmp_path)
     assert (outcome.state, outcome.step) == ("interrupted", 5)
     assert last_checkpoint(tmp_path / "checkpoints").name == "checkpoint-5"
@@ -414,11 +414,11 @@ from engram_lm.training import run, trainer
 where, at = sys.argv[1], int(sys.argv[2])
 def kill(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
 if where == "step":
-    original = run.Conductor.on_step_end
+    original = run.RunCallback.on_step_end
     def on_step_end(self, args, state, control, **more):
         original(self, args, state, control, **more)
         if state.global_step == at: kill()
-    run.Conductor.on_step_end = on_step_end
+    run.RunCallback.on_step_end = on_step_end
 elif where == "checkpoint":
     original = trainer.mark_whole
     trainer.mark_whole = lambda directory, step: kill() if step == at else original(directory, step=step)
@@ -445,14 +445,14 @@ def test_a_killed_process_loses_the_steps_since_the_last_checkpoint_at_most(
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     begun_again = []
-    step_begin = run_module.Conductor.on_train_begin
+    step_begin = run_module.RunCallback.on_train_begin
 
     def on_train_begin(self, args, state, control, **more):
         begun_again.append(state.global_step)
         step_begin(self, args, state, control, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module.Conductor, "on_train_begin", on_train_begin)
+        patch.setattr(run_module.RunCallback, "on_train_begin", on_train_begin)
         train(tiny_config(text), out=out)
     assert begun_again == [{("step", 3): 0, ("step", 9): 8, ("checkpoint", 8): 4, ("end", 0): 12}[where, at]]
     assert_same_run(finished[0], out)

@@ -33,7 +33,7 @@ loaded = [m for room in ("errors", "extras", "config", "kernels", "vocab", "inde
 
 import numpy as np, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from engram_lm.index.store import Store
+from engram_lm.index.store import Index
 from engram_lm.mixing import FixedLambda, default_gate, memory_processor, score, token_rules
 from engram_lm.mixing.mix import mix_plain
 from engram_lm.vllm import Live, MemoryLogitsProcessor, Settings
@@ -52,14 +52,14 @@ assert TokenMap.from_tokenizer(words).raw_size == M
 rng = np.random.default_rng(0)
 documents = [("a", rng.integers(1, M, 3000)), ("b", rng.integers(1, M, 300)), ("c", rng.integers(1, 9, 3000))]
 directory = tempfile.mkdtemp() + "/index"
-with Store.create(directory, vocab_size=M, tokenizer=tokenizer_fingerprint(words)) as store:
+with Index.create(directory, vocab_size=M, tokenizer=tokenizer_fingerprint(words)) as store:
     store.add(documents[:2])
     store.add(documents[2:])
     store.delete("b")
     store.merge()
     assert store.verify().documents == 2
     store.purge()
-snapshot = Store.open(directory).snapshot()
+snapshot = Index.open(directory).snapshot()
 context = documents[0][1][100:140]
 order, tokens, counts = snapshot.longest(context)
 assert (order, tokens.tolist(), counts.tolist()) == (40, [int(documents[0][1][140])], [1])

@@ -42,7 +42,7 @@ def store_on(
 def use_table(model: nn.Module, block: int, table: Any, *, memory: str = "memory") -> nn.Module:
     """Let the memory before `block` read `table`. Other sizes, or a file of another identity, are refused.
 
-    table: a StoredTable over a file, a DeviceTable, or anything that keeps `engram_lm.tables.Table`.
+    table: a ReadOnlyTable over a file, a DeviceTable, or anything that keeps `engram_lm.tables.Table`.
     """
     from engram_lm.attachment import _runtime
 

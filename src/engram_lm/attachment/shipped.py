@@ -84,7 +84,7 @@ def load_shipped(
     if not family.startswith("qwen4_exp"):
         raise ModelError(
             f"{checkpoint} is a {family}; rows are read in place in transformers' qwen4_exp. Open others with "
-            "engram_lm.tables.open_shipped."
+            "engram_lm.storage.open_shipped."
         )
     tables = open_shipped(checkpoint)
     with _without_rows(tables, make):

@@ -40,7 +40,7 @@ class Gives(enum.IntEnum):
 
 @dataclass(frozen=True)
 class Forward:
-    """logits_NKV: float32 on the CPU, behind the last K of the ids that were read. records: what memory did, where watched."""
+    """logits_NKV: float32 on the CPU, behind the last K of the ids that were read. records: what memory did, if watched."""
 
     logits_NKV: Tensor
     cache: Any

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from engram_lm.mixing.trace import MemoryStep
 
 WORTH = 0.3
+MOST = 16
 # matches of 1, 2, 3, 4-5, 6-8, 9-15, 16 and more tokens: how often their first choice comes, before anything is known
 _DEPTHS = np.array([2, 3, 4, 6, 9, 16])
 _RIGHT = np.array([0.1, 0.2, 0.3, 0.45, 0.6, 0.75, 0.85])
@@ -71,7 +72,7 @@ def speculate(
     tokenizer: Any = None,
     rules: TokenRules | None = None,
     max_new_tokens: int,
-    drafts: int = 16,
+    drafts: int = MOST,
     temperature: float = 0.0,
     seed: int = 0,
     end: Literal["eos", "nothing"] = "eos",
@@ -103,7 +104,7 @@ def speculating(
     tokenizer: Any = None,
     rules: TokenRules | None = None,
     max_new_tokens: int,
-    drafts: int = 16,
+    drafts: int = MOST,
     temperature: float = 0.0,
     seed: int = 0,
     end: Literal["eos", "nothing"] = "eos",
@@ -155,7 +156,7 @@ class Drafts:
     pass it on). After a call: forwards, drafted, accepted.
     """
 
-    def __init__(self, processor: MemoryProcessor, *, drafts: int = 16, worth: float = WORTH) -> None:
+    def __init__(self, processor: MemoryProcessor, *, drafts: int = MOST, worth: float = WORTH) -> None:
         self._drafter = Drafter(processor, most=drafts, worth=worth)
 
     @property
@@ -218,7 +219,7 @@ class Drafts:
 class Drafter:
     """What memory would say next, and how often it was right. most: tokens a draft; 0 for none."""
 
-    def __init__(self, processor: MemoryProcessor, *, most: int, worth: float) -> None:
+    def __init__(self, processor: MemoryProcessor, *, most: int = MOST, worth: float = WORTH) -> None:
         if isinstance(most, bool) or not isinstance(most, int) or most < 0:
             raise ConfigError(f"drafts is a whole number from 0 on; got {most!r}.")
         if not 0 < worth <= 1:
