@@ -62,14 +62,16 @@ def requests(**options):
     return [Request(ids=ids, max_new_tokens=n, **options) for ids, n in zip(PROMPTS, ASKS, strict=True)]
 
 
-SHARING = ["llama", "gpt2", "mistral", "gemma3", "qwen3_moe", "qwen3_next", "bloom", "deepseek_v3"]
+# keys and values, a window of them, and states of linear attention beside them
+SHARING = [("llama", "paper"), ("mistral", "several"), ("qwen3_next", "paper")]
+SLOW = ["gpt2", "gemma3", "qwen3_moe", "bloom", "deepseek_v3"]
 
 
-@pytest.mark.parametrize("memory", ["paper", "several"])
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [*SHARING, *(pytest.param(name, "paper", marks=pytest.mark.slow) for name in SLOW)],
+)
 def test_rows_in_a_batch_say_what_they_say_alone(name, memory):
-    if memory == "several" and name != "mistral":
-        pytest.skip("one architecture is enough for several memories")
     model = give_memory(build(name, torch.float64), memory)
     engine = watched(TransformersEngine(model))
     view = HeatView(quantity="gate")
