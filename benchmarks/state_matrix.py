@@ -3,8 +3,8 @@
     python benchmarks/state_matrix.py                 # tiny models in float64, compiled ways in float32: minutes
     python benchmarks/state_matrix.py --smollm2       # and the real SmolLM2-135M, also in float64
 
-The cells are those of tests/matrix.py, which the tests assert; this writes down what they measured. Cells that are not run
-again keep what docs/state-matrix.json says.
+The cells are those of tests/support/matrix.py, which the tests assert; this writes down what they measured. Cells that
+are not run again keep what docs/state-matrix.json says.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 
 HOME = Path(__file__).parent.parent
-sys.path.insert(0, str(HOME / "tests"))
+sys.path.insert(0, str(HOME / "tests" / "support"))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -86,7 +86,7 @@ def draw(found):
         f"transformers {found['transformers']}, torch {found['torch']}, CPU, {found['date']};",
         "`python benchmarks/state_matrix.py --smollm2`. The tests hold every cell to 1e-9 (float64), or to twice the bare",
         "model's own error with a floor of 2e-5 · max(1, largest logit / 8) (float32), and require an error above 1e-2 when",
-        "the state is broken on purpose (`tests/matrix.py`).",
+        "the state is broken on purpose (`tests/support/matrix.py`).",
         "",
         "| way | " + " | ".join(shapes[s] for s in shown) + " |",
         "|---|" + "---|" * len(shown),

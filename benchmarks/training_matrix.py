@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 
 HOME = Path(__file__).parent.parent
-sys.path.insert(0, str(HOME / "tests"))
+sys.path.insert(0, str(HOME / "tests" / "support"))
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
-from support.dense_twin import judge
-from support.training_loops import grid
-from support.training_ways import WAYS, grid_table, ways_tables
+from dense_twin import judge
+from training_loops import grid
+from training_ways import WAYS, grid_table, ways_tables
 
 PAGE = HOME / "docs" / "training.md"
 

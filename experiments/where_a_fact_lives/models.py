@@ -180,7 +180,7 @@ def build(book: Book, shape: Shape, arm: Arm, *, seed: int) -> tuple[nn.Module, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(config).float()
-        # faster than the plain loop over experts, and the same to rounding: tests/test_where_a_fact_lives.py
+        # faster than the plain loop over experts, and the same to rounding: tests/experiments/test_where_a_fact_lives.py
         model.config._experts_implementation = "grouped_mm"
         if arm.memory is not None:
             attach(model, tokenizer, memory_config(shape, arm))

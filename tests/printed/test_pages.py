@@ -26,7 +26,7 @@ from printed.story import Story, commands_of, empty_home
 NOT_RUN = {
     "README.md": [
         "calls make",
-        "it installs what the tests run on; tests/test_wheel.py installs and runs a wheel",
+        "it installs what the tests run on; tests/cli/test_wheel.py installs and runs a wheel",
     ],
     "docs/eval.md": ["lm_eval: it brings some forty packages that `make setup` leaves out"],
     "docs/serve.md": ["calls make and starts servers"],

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grad_norm_
 
-from support.dense_twin import Trainee
+from dense_twin import Trainee
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@ judge(WAYS["zeroing: p.grad = None of a NaN"].run)
 """
 
 from support import ways_of_clipping, ways_of_stepping, ways_of_training, ways_of_zeroing
-from support.training_loops import OPTIMIZERS, RULES, Point
-from support.ways import WAYS
+
+from training_loops import OPTIMIZERS, RULES, Point
+from ways import WAYS
 
 __all__ = [
     "WAYS",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from support.dense_twin import Trainee
+from dense_twin import Trainee
 
 Loop = Callable[[Trainee], Any]
 

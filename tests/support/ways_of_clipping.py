@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
-from support.dense_twin import Trainee
-from support.training_loops import (
+from dense_twin import Trainee
+from training_loops import (
     CLIPS,
     INF,
     NAN,
     Cell,
     one,
 )
-from support.ways import REFUSED, Loop, by_hand, set_to, steps, way
+from ways import REFUSED, Loop, by_hand, set_to, steps, way
 
 for _n in (1, 2, 3):
     for _clip in CLIPS:

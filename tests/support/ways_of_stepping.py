@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
-from support.dense_twin import Trainee
-from support.training_loops import NAN, SMALL, Cell, muon_and_adamw, rest_and_rows
-from support.ways import REFUSED, Loop, steps, way
+from dense_twin import Trainee
+from training_loops import NAN, SMALL, Cell, muon_and_adamw, rest_and_rows
+from ways import REFUSED, Loop, steps, way
 
 
 def _in_turn(make: Callable[[Trainee], list], *, both_zero: bool, factor: float = 1.0) -> Loop:

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
+from dense_twin import Trainee, make_dense, slots, with_memory
 from engram_lm.attachment import load_memory, save_memory
-from support.dense_twin import Trainee, make_dense, slots, with_memory
-from support.training_loops import (
+from training_loops import (
     NAN,
     Cell,
     one,
 )
-from support.ways import REFUSED, Loop, steps, way
+from ways import REFUSED, Loop, steps, way
 
 
 def _copied(before: Callable[[Trainee, Any], Any]) -> Loop:

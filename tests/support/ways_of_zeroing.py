@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+from dense_twin import Trainee
 from engram_lm.errors import RowUpdateError
-from support.dense_twin import Trainee
-from support.training_loops import CLIPS, INF, NAN, SKIPS, Cell, one, rest_and_rows
-from support.ways import REFUSED, Loop, by_hand, set_to, way
+from training_loops import CLIPS, INF, NAN, SKIPS, Cell, one, rest_and_rows
+from ways import REFUSED, Loop, by_hand, set_to, way
 
 
 def _zero_each(change: Callable[[nn.Parameter], Any]) -> Callable[[Trainee, Any], None]:

@@ -11,7 +11,7 @@ behind the previous read are summed by a Fenwick tree over words of 64 bits, N l
                 entry ever read, all halved every 10 C reads. A miss replaces the LRU's last entry only if its count,
                 this read included, is higher.
 
-Twins in plain Python are in `tests/test_simulate.py`. Dimension letters: N reads, E entries, Q requests, T tokens in
+Twins in plain Python are in `tests/cachesim/test_simulate.py`. Dimension letters: N reads, E entries, Q requests, T tokens in
 the order served, C columns, G groups (orders).
 """
 

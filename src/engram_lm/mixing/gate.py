@@ -9,7 +9,7 @@ the gate was fitted; lambda = most * sigmoid(z - shift). `shift` is what `fit.ca
 general text that the file states. Nothing found (no live document) is lambda = 0.
 
 A gate file is JSON and names what it was fitted for: tokenizer, model, feature version, how memory is read (`LookupConfig`),
-data, and the harm measured. `tests/test_mixing_gate.py` keeps a golden one.
+data, and the harm measured. `tests/mixing/test_mixing_gate.py` keeps a golden one.
 """
 
 from __future__ import annotations
