@@ -75,7 +75,8 @@ def test_compiled(shape, name):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 def test_smollm2(dtype):
     """float64 is the proof. In float32 the memory is quieter: one that takes the model over, as random rows do, also
-    enlarges the base's rounding (2.8 times its own error was seen), which says nothing about the state.
+    enlarges the base's rounding, which says nothing about the state. By processor 1 to 2.8 times the base's own error was
+    seen; a state that is forgotten is a hundred times as large.
     """
     from engram_lm.bases.base import load_base
 
@@ -91,7 +92,7 @@ def test_smollm2(dtype):
     for name in names:
         base = run(WAYS[name], bare, ids)
         assert passes(base, dtype), (name, base)
-        found[name] = verdict(run(WAYS[name], model, ids), base, dtype)
+        found[name] = verdict(run(WAYS[name], model, ids), base, dtype, times=4.0)
     assert set(found.values()) == {"pass"}, found
     with broken("conv forgotten"):
         assert run(WAYS["chunks of 7"], model, ids).error > 1e-2

@@ -97,14 +97,14 @@ def passes(outcome: Outcome, dtype: torch.dtype) -> bool:
     )
 
 
-def tolerance(ours: Outcome, bare: Outcome, dtype: torch.dtype) -> float:
-    """float64: 1e-9. float32: twice the bare model's own error here, or the floor that logits' own rounding sets."""
+def tolerance(ours: Outcome, bare: Outcome, dtype: torch.dtype, *, times: float = 2.0) -> float:
+    """float64: 1e-9. float32: `times` the bare model's own error here, or the floor that logits' own rounding sets."""
     if dtype == torch.float64:
         return 1e-9
-    return max(2 * bare.error, 2e-5 * max(1.0, ours.scale / 8))
+    return max(times * bare.error, 2e-5 * max(1.0, ours.scale / 8))
 
 
-def verdict(ours: Outcome, bare: Outcome, dtype: torch.dtype) -> str:
+def verdict(ours: Outcome, bare: Outcome, dtype: torch.dtype, *, times: float = 2.0) -> str:
     """One of: pass; both raise X; raises X where bare raises Y; bare is wrong, raises X; or a text beginning with WRONG."""
     raised = None if ours.raised is None else type(ours.raised).__name__
     if bare.raised is not None:
@@ -122,7 +122,7 @@ def verdict(ours: Outcome, bare: Outcome, dtype: torch.dtype) -> str:
         )
     if raised:
         return f"WRONG: bare passes, with memory {raised}: {ours.raised}"
-    limit = tolerance(ours, bare, dtype)
+    limit = tolerance(ours, bare, dtype, times=times)
     return "pass" if ours.error <= limit else f"WRONG: off by {ours.error:.1e}, allowed {limit:.1e}"
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -480,7 +481,7 @@ def test_ctrl_c_on_the_command_line(text, tmp_path):
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert f"go on with: engram-lm train --resume --out {out}" in printed
+    assert f"go on with: engram-lm train --resume --out {shlex.quote(str(out))}" in printed
     assert last_checkpoint(out / "checkpoints") is not None
 
 
