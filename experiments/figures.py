@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from engram_lm.durable import write_atomic
 from engram_lm.errors import DataError
 from engram_lm.eval.intervals import share_interval
 from engram_lm.eval.result import load
-from engram_lm.whole import write_whole
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -277,7 +277,7 @@ def main() -> int:
     for script in DRAWN_BY:
         print(f"python {script}", flush=True)
         subprocess.run([sys.executable, script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    write_whole(readme, redrawn(text))
+    write_atomic(readme, redrawn(text))
     print("README.md: What memory does and does not do")
     return 0
 

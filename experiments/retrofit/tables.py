@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.ablation.report import NAMES, by_arm, change, counted, draw_picture, perplexity
+from engram_lm.durable import write_atomic
 from engram_lm.eval.result import Result, load
 from engram_lm.eval.tables import between, plain, signed, table
-from engram_lm.whole import write_whole
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -33,13 +33,13 @@ def take(source: Path) -> None:
         if "config" in data:
             data["config"]["data"] = [Path(name).name for name in data["config"]["data"]]
         data["command"] = data["command"].replace(f"{source}/", "OUT/")
-        write_whole(RESULTS / path.name, json.dumps(data, indent=None) + "\n")
+        write_atomic(RESULTS / path.name, json.dumps(data, indent=None) + "\n")
     for path in sorted((source / "eval").glob("*/*.json")):
         (RESULTS / path.parent.name).mkdir(exist_ok=True)
         text = path.read_text(encoding="utf8").replace(f"{source}/", "OUT/")
         # other files by their names
         text = re.sub(r'(?<=[ "])/[^ "]+/([^/ "]+)', r"DATA/\1", text)
-        write_whole(RESULTS / path.parent.name / path.name, text)
+        write_atomic(RESULTS / path.parent.name / path.name, text)
 
 
 def read_arms() -> Arms:
@@ -175,7 +175,7 @@ def redraw(arms: Arms) -> None:
         if not rest or end not in rest:
             raise SystemExit(f"{path} has no marks for {name}.")
         text = before + begin + make(arms) + end + after
-    write_whole(path, text)
+    write_atomic(path, text)
 
 
 def main() -> None:

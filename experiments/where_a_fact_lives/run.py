@@ -28,7 +28,7 @@ from machine import circumstances, peak_memory_bytes
 from surgery import operate
 
 from engram_lm.attachment import memories, save_memory
-from engram_lm.whole import write_whole
+from engram_lm.durable import write_atomic
 from models import ARMS, SHAPES, account, build, describe
 
 # The best of the rates tried for arms without memory and with it: README.md, "Rates".
@@ -187,7 +187,7 @@ def main() -> None:
         else:
             exposures = SIZES[size].exposures // 2 if kind == "tune" else None
             told = one_run(size, arm, seed, recipe, out=options.out, line=line, exposures=exposures)
-        write_whole(results / f"{name}.json", json.dumps(told, indent=1) + "\n")
+        write_atomic(results / f"{name}.json", json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

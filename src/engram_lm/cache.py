@@ -10,13 +10,13 @@ what it left behind.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from engram_lm import durable
 from engram_lm.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def built_once(directory: Path, *, build: Callable[[Path], None]) -> Path:
             f"{directory.parent} cannot be written ({error.strerror}). Set ENGRAM_CACHE to a directory that can."
         ) from None
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        durable.lock(lock)
         if directory.is_dir():
             return directory
         unfinished = f".{directory.name}.partial-"
@@ -49,19 +49,11 @@ def built_once(directory: Path, *, build: Callable[[Path], None]) -> Path:
         try:
             build(partial)
             for path in [*partial.rglob("*"), partial]:
-                _sync(path)
+                durable.sync_path(path)
             partial.chmod(0o755)
-            partial.rename(directory)
-            _sync(directory.parent)
+            durable.rename(partial, directory)
+            durable.sync_directory(directory.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
     return directory
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

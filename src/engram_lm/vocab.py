@@ -33,7 +33,6 @@ import itertools
 import json
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +40,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from engram_lm.durable import replacing_file
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, TokenIdError
 from engram_lm.identity.tokenizers import TokenizerPrint, backend_of, print_of, without_tokens_since
 
@@ -182,18 +182,8 @@ class TokenMap:
         text += b" " * (-(len(MAGIC) + 8 + len(text)) % 64)
         version = VERSION if self.n_tokens else 1
         body = MAGIC + struct.pack("<II", version, len(text)) + text + self.canonical.astype("<i4").tobytes()
-        path = Path(path)
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(body + hashlib.sha256(body).digest())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial, 0o644)
-            os.replace(partial, path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        with replacing_file(Path(path), shared=True) as file:
+            file.write(body + hashlib.sha256(body).digest())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TokenMap:

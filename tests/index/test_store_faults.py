@@ -9,8 +9,8 @@ import threading
 import numpy as np
 import pytest
 
+from engram_lm import durable
 from engram_lm.errors import CheckpointError, ConfigError
-from engram_lm.index import durable
 from engram_lm.index import reader as reader_module
 from engram_lm.index.store import Index
 from places import SUPPORT

@@ -14,10 +14,10 @@ import numpy as np
 
 from engram_lm.ablation.plan import RETROFIT_ARMS, SCRATCH_ARMS
 from engram_lm.ablation.run import read_results
+from engram_lm.durable import replacing, write_atomic
 from engram_lm.errors import CheckpointError
 from engram_lm.eval.intervals import drawn, interval
 from engram_lm.eval.tables import between, plain, signed, table
-from engram_lm.whole import write_whole
 
 REPORT, PICTURE = "ablation.md", "ablation.png"
 
@@ -44,7 +44,7 @@ def draw(out: str | Path) -> str:
     if not arms:
         raise CheckpointError(f"{out} holds no finished arm; run engram-lm ablate first.")
     text = markdown(arms)
-    write_whole(out / REPORT, text + "\n")
+    write_atomic(out / REPORT, text + "\n")
     draw_picture(arms, out / PICTURE)
     return text
 
@@ -165,6 +165,5 @@ def draw_picture(arms: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.spines[side].set_visible(False)
     panels[0].set_yticks(range(len(arms)), [NAMES[arm] for arm in arms])
     panels[0].invert_yaxis()
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png")
-    beside.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")

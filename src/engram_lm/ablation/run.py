@@ -21,9 +21,9 @@ from engram_lm.ablation.plan import Plan
 from engram_lm.ablation.sizes import Sizes, sizes_of
 from engram_lm.bases.naming import find_base
 from engram_lm.corpus.text import find_files, require_documents
+from engram_lm.durable import write_atomic
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.training.progress import Progress, Quiet
-from engram_lm.whole import write_whole
 
 FORMAT, VERSION = "engram-lm ablation", 1
 COMMON, RESULTS, RUNS = "ablation.json", "results", "runs"
@@ -58,7 +58,7 @@ def ablate(
                 "files": files,
                 "sizes": sizes.to_json(),
             }
-            write_whole(out / COMMON, json.dumps(common, indent=1) + "\n")
+            write_atomic(out / COMMON, json.dumps(common, indent=1) + "\n")
         (out / RESULTS).mkdir(exist_ok=True)
         todo = [(arm, seed) for seed in plan.seeds for arm in plan.arms]
         for number, (arm, seed) in enumerate(todo, start=1):
@@ -168,7 +168,7 @@ def _arm(
         "command": command,
         "circumstances": circumstances(),
     }
-    write_whole(path, json.dumps(result, indent=1) + "\n")
+    write_atomic(path, json.dumps(result, indent=1) + "\n")
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     return "finished"
 

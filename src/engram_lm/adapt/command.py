@@ -19,6 +19,7 @@ import numpy as np
 from engram_lm.adapt.kept import ResultRows
 from engram_lm.adapt.report import markdown, perplexities
 from engram_lm.adapt.texts import LEAST, MOST_COPIED, WINDOW, Window, copied, split, window_of
+from engram_lm.durable import write_atomic
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.eval.intervals import mean_interval
 from engram_lm.eval.tables import signed, table
@@ -66,11 +67,9 @@ def adapt_command(
         "model": name, **{key: value for key, value in settings.items() if key != "model"}, **run.facts,
         "perplexity": perplexities(run.rows()), "questions": answers,
     }  # fmt: skip
-    (out / "results.json").write_text(
-        json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf8"
-    )
+    write_atomic(out / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     told = report(results)
-    (out / "report.md").write_text(told, encoding="utf8")
+    write_atomic(out / "report.md", told)
     print(json.dumps(results, ensure_ascii=False) if as_json else told.rstrip())
 
 

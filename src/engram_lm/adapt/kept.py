@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engram_lm.durable import write_atomic
 from engram_lm.errors import ConfigError
 
 SETTINGS = "settings.json"
@@ -34,7 +35,7 @@ class ResultRows:
                         f"{_short(settings.get(name))}); name another --out."
                     )
         else:
-            path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf8")
+            write_atomic(path, json.dumps(settings, indent=1) + "\n")
         self._known: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
 
     def has(self, arm: str, key: str) -> bool:
@@ -62,7 +63,7 @@ class ResultRows:
                 data = path.read_bytes()
                 whole = data[: data.rfind(b"\n") + 1]
                 if whole != data:  # stopped in the middle of a line
-                    path.write_bytes(whole)
+                    write_atomic(path, whole)
                 # bytes: some strings hold line separators that str.splitlines() would cut at
                 for line in whole.splitlines():
                     row = json.loads(line)

@@ -36,6 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engram_lm import durable
 from engram_lm.addressing import Identity
 from engram_lm.attachment.card import card
 from engram_lm.attachment.memory import RUN
@@ -180,8 +181,7 @@ def save_memory(
         for part, _ in waiting:
             for path in [part] if part.is_file() else [x for x in part.rglob("*") if x.is_file()]:
                 path.chmod(mode)  # safetensors writes files that only their owner can read
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+                durable.sync_path(path)
     except BaseException:
         for path in [staged, *(path for path, _ in waiting)]:
             _remove(path)
@@ -189,11 +189,11 @@ def save_memory(
     for path, target in waiting:
         earlier = directory / f".{target.name}.{save_id}"
         if path.is_dir() and target.exists():
-            os.replace(target, earlier)  # a directory replaces none that has files
-        os.replace(path, target)
+            durable.rename(target, earlier)  # a directory replaces none that has files
+        durable.rename(path, target)
         _remove(earlier)
     _remove(staged)
-    (directory / "README.md").write_text(card(manifest), encoding="utf8")
+    durable.write_atomic(directory / "README.md", card(manifest))
     return directory
 
 

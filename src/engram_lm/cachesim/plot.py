@@ -1,11 +1,11 @@
 """Curves of `engram-lm table simulate`: hit rate against cache size, a panel for each layer and number of slots."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engram_lm.cachesim.simulate import Cache, Simulation
+from engram_lm.durable import replacing
 from engram_lm.errors import DataError
 from engram_lm.extras import missing
 
@@ -35,10 +35,9 @@ def draw_curves(found: Sequence[Simulation], path: Path, *, title: str) -> None:
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK)
     figure.supxlabel("bytes of rows in the cache", fontsize=9, color=INK)
     figure.supylabel("hits, share of reads", fontsize=9, color=INK)
-    beside = path.with_name(f".{path.name}")
     try:
-        figure.savefig(beside, format="png")
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            figure.savefig(beside, format="png")
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror or error}") from None
 

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engram_lm.corpus.text import json_lines, read_lines
+from engram_lm.durable import write_atomic
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.eval.facts import ranked
 from engram_lm.eval.intervals import mean_interval
 from engram_lm.eval.result import Result, Value
-from engram_lm.whole import write_whole
 
 if TYPE_CHECKING:
     from engram_lm.eval.evaluated_model import EvaluatedModel
@@ -116,7 +116,7 @@ def documents(canaries: Iterable[Canary], *, seed: int = 0) -> list[str]:
 
 def write(canaries: Iterable[Canary], path: Path) -> None:
     """JSON lines: name, prefix, secret, repeats. Keep the file out of the training text: it holds every secret once more."""
-    write_whole(path, "".join(json.dumps(asdict(canary)) + "\n" for canary in canaries))
+    write_atomic(path, "".join(json.dumps(asdict(canary)) + "\n" for canary in canaries))
 
 
 def read(path: Path) -> list[Canary]:

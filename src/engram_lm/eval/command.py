@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engram_lm.bases.naming import find_model
+from engram_lm.durable import write_atomic
 from engram_lm.errors import ConfigError, DataError
 from engram_lm.eval.report import TITLES, report
 from engram_lm.eval.result import Result, finished, load, plain, save
 from engram_lm.extras import missing
 from engram_lm.progress import Progress
-from engram_lm.whole import write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,7 +135,7 @@ def canaries_command(
     print(f"{path}: {len(trained)} canaries and {len(found) - len(trained)} controls")
     if documents is not None:
         texts = documents_of(found, seed=seed)
-        write_whole(documents, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        write_atomic(documents, "".join(json.dumps({"text": text}) + "\n" for text in texts))
         print(f"{documents}: {len(texts)} documents; put them into the training text, and not {path.name}")
 
 
@@ -325,7 +325,7 @@ def _command_line() -> str:
 def _write_report(out: Path, subject: EvaluatedModel) -> str:
     results = [load(out / f"{name}.json") for name in TITLES if (out / f"{name}.json").exists()]
     told = report(results, model=subject.name, about=_about(results))
-    write_whole(out / "report.md", told)
+    write_atomic(out / "report.md", told)
     return told
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engram_lm.durable import write_atomic
 from engram_lm.errors import ConfigError, DataError
-from engram_lm.whole import write_whole
 
 FORMAT, VERSION = "engram-lm eval", 1
 
@@ -72,7 +72,7 @@ def save(measured: Result, directory: Path) -> Path:
     """Write DIR/MEASURE.json, whole."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{measured.measure}.json"
-    write_whole(path, json.dumps(measured.to_json(), indent=1, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(measured.to_json(), indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -22,7 +22,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
 import re
 import struct
 from collections.abc import Iterable
@@ -31,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 from engram_lm.cache import cache_directory
+from engram_lm.durable import write_atomic
 from engram_lm.errors import ConfigError
 from engram_lm.identity.probe import probe
-from engram_lm.whole import write_whole
 
 # <tool_call>, </think>, [INST]: markers of a chat format that not every tokenizer flags as special
 _MARKER = re.compile(r"</?[^<>\s][^<>]*>|\[/?[A-Z_]{2,}\]|.*tool.*", re.IGNORECASE | re.DOTALL)
@@ -225,8 +224,5 @@ def _keep(key: str, facts: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, no more
         place = _place(key)
         place.parent.mkdir(parents=True, exist_ok=True)
-        beside = place.with_name(
-            f"{place.name}.{os.getpid()}"
-        )  # several processes may take the same print at once
-        write_whole(beside, json.dumps({"serialisation_sha256": key, **facts}) + "\n")
-        os.replace(beside, place)
+        # several processes may take the same print at once
+        write_atomic(place, json.dumps({"serialisation_sha256": key, **facts}) + "\n", shared=True)

@@ -7,7 +7,6 @@ Only the kernel's lock decides; the file's text is for people.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -15,6 +14,7 @@ import time
 import weakref
 from pathlib import Path
 
+from engram_lm import durable
 from engram_lm.errors import CheckpointError
 
 _HELD: "weakref.WeakSet[WriterLock]" = weakref.WeakSet()
@@ -70,15 +70,14 @@ class WriterLock:
 def _take(file: int, path: Path, until: float) -> None:
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                raise CheckpointError(
-                    f"{path.parent} is being written by {_holder(file)}. Wait for it or end it; reading needs no lock."
-                ) from None
+            if durable.try_lock(file):
+                return
         except OSError as error:
             raise CheckpointError(f"{path} cannot be locked: {error.strerror}.") from None
+        if time.monotonic() >= until:
+            raise CheckpointError(
+                f"{path.parent} is being written by {_holder(file)}. Wait for it or end it; reading needs no lock."
+            )
         time.sleep(0.01)
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from engram_lm.durable import same_file
 from engram_lm.errors import CheckpointError
 from engram_lm.index.deletes import Dead, mask_from_bytes, merged
-from engram_lm.index.durable import same_file
 from engram_lm.index.manifest import (
     MANIFEST,
     MOST_BYTES,

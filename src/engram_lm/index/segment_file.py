@@ -23,6 +23,7 @@ from typing import Literal, Self
 
 import numpy as np
 
+from engram_lm import durable
 from engram_lm.errors import CheckpointError
 from engram_lm.kernels import checksums
 
@@ -184,15 +185,11 @@ class SegmentFile:
             os.truncate(self._file, facts.file_bytes)
             _write(self._file, np.frombuffer(facts.to_bytes(), np.uint8), 0)
             if sync != "none":
-                os.fsync(self._file)
-            os.replace(self._beside, self.path)
+                durable.sync(self._file)
+            durable.rename(self._beside, self.path)
             self._done = True
             if sync == "all":
-                directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-                try:
-                    os.fsync(directory)
-                finally:
-                    os.close(directory)
+                durable.sync_directory(self.path.parent)
 
     def __enter__(self) -> Self:
         return self

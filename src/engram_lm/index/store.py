@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from engram_lm import durable
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError
-from engram_lm.index import durable
 from engram_lm.index.checking import VerifyReport, verify
 from engram_lm.index.locking import WriterLock
 from engram_lm.index.manifest import MANIFEST, Entry, Manifest, require_new, require_tenant
@@ -120,9 +120,9 @@ class Index:
             data = Manifest(vocab_size=vocab_size, tokenizer=tokenizer).to_bytes()
             beside = directory / f"{MANIFEST}.new"
             durable.remove(beside)
-            os.close(durable.write_synced(beside, data))
+            os.close(durable.write_new(beside, data))
             try:
-                os.replace(beside, directory / MANIFEST)
+                durable.rename(beside, directory / MANIFEST)
                 durable.sync_directory(directory)
             except OSError as error:
                 raise CheckpointError(f"{directory} cannot be written: {error.strerror}.") from None

@@ -17,8 +17,8 @@ from typing import Literal
 
 import numpy as np
 
+from engram_lm import durable
 from engram_lm.errors import CheckpointError, ConfigError, TokenIdError
-from engram_lm.index import durable
 from engram_lm.index.by_id import Finder
 from engram_lm.index.deletes import mask_to_bytes, merged
 from engram_lm.index.locking import WriterLock
@@ -146,9 +146,9 @@ class IndexWriter:
                 f"{path} would have {len(data):,} bytes; it has at most {MOST_BYTES:,}. Merge segments first."
             )
         durable.remove(beside)
-        file = durable.write_synced(beside, data)
+        file = durable.write_new(beside, data)
         try:
-            os.replace(beside, path)
+            durable.rename(beside, path)
             durable.sync_directory(self.directory)
         except BaseException as error:
             renamed = durable.same_file(path, file)
@@ -255,7 +255,7 @@ class IndexWriter:
             segment = Segment.build(lists, documents=documents, **facts)
             data = segment.to_bytes()
             # nobody knows of the number before the manifest names it: no other name first
-            os.close(durable.write_synced(path, data.data))
+            os.close(durable.write_new(path, data.data))
             entry = Entry(
                 number=number, tokens=len(segment), documents=segment.n_documents, bytes=len(data),
                 seal=seal(data[:SEALED].tobytes()),
@@ -289,7 +289,7 @@ class IndexWriter:
         path = self.directory / mask_name(number)
         data = mask_to_bytes(entry.number, *dead)
         files.paths.append(path)
-        os.close(durable.write_synced(path, data))
+        os.close(durable.write_new(path, data))
         mask = Mask(number=number, documents=len(dead[0]), tokens=len(dead[1]), seal=seal(data))
         self.opened.keep_mask(mask, dead)
         return replace(entry, masks=(*masks, mask))

@@ -34,6 +34,7 @@ from numba.core.caching import _Cache
 from numba.core.compiler import CompileResult
 from numba.core.serialize import dumps
 
+from engram_lm import durable
 from engram_lm.cache import cache_directory
 from engram_lm.kernels import announcing
 
@@ -196,7 +197,7 @@ def _write(directory, name, payload):
         with open(handle, "wb") as file:
             file.write(hashlib.sha256(payload).digest() + payload)
         os.chmod(partial, 0o644)
-        os.replace(partial, directory / name)
+        durable.rename(partial, directory / name)
     except OSError:
         return False
     finally:

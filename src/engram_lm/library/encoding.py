@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from engram_lm.durable import write_atomic
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError
 from engram_lm.identity.tokenizers import as_documents_read, first_difference, print_of
 from engram_lm.identity.writings import first_print
@@ -106,13 +107,7 @@ class TextEncoder:
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json into a directory, whole or not at all."""
-        path = directory / FILE
-        beside = directory / f"{FILE}.new"
-        with open(beside, "w", encoding="utf8") as file:
-            json.dump(json.loads(self.backend.to_str()), file, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        write_atomic(directory / FILE, json.dumps(json.loads(self.backend.to_str()), ensure_ascii=False))
 
 
 def encoder_of(store: Any, tokenizer: Any = None) -> TextEncoder:

@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from engram_lm.durable import write_atomic
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError
 from engram_lm.mixing.features import NAMES, VERSION
 from engram_lm.mixing.mix import Space
@@ -177,9 +178,7 @@ class Gate:
     def save(self, path: str | os.PathLike) -> Path:
         """Write the gate's file."""
         path = Path(path)
-        beside = path.with_name(f".{path.name}.part")
-        beside.write_text(self.to_json(), encoding="utf8")
-        os.replace(beside, path)
+        write_atomic(path, self.to_json())
         return path
 
     @classmethod

@@ -10,7 +10,6 @@ checkpoint is an fsync. `fold` makes a new base when the log has grown too long.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import struct
@@ -21,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from engram_lm import durable
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.kernels import checksums
 from engram_lm.storage.disk import DiskStore
@@ -90,7 +90,7 @@ class LoggedStore(RowStore):
             if os.fstat(self._file).st_size < START:
                 os.ftruncate(self._file, 0)
                 _write_all(self._file, header, 0, self.path)
-                os.fsync(self._file)
+                durable.sync(self._file)
             elif os.pread(self._file, START, 0) != header:
                 raise CheckpointError(
                     f"{self.path} is the log of another base file, rule or format than {base.name} trained by "
@@ -114,10 +114,8 @@ class LoggedStore(RowStore):
         return fixed + struct.pack("<Q", int(checksums.xxh64(np.frombuffer(fixed, np.uint8))))
 
     def _lock_file(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"{self.path} is being written by another process.") from None
+        if not durable.try_lock(self._file):
+            raise CheckpointError(f"{self.path} is being written by another process.")
 
     def _replay(self, until: int | None) -> int:
         """Read batches up to position `until` (default: as long as they are whole), cut the file there, map the rows."""
@@ -238,7 +236,7 @@ class LoggedStore(RowStore):
     def sync(self) -> int:
         """Make everything appended last; returns the position that a checkpoint names."""
         with self._lock:
-            os.fsync(self._file)
+            durable.sync(self._file)
             return self.position
 
     @property

@@ -7,7 +7,6 @@ with Writer(path, n_rows=n, width=256, codec="fp8_e4m3_e8m0", identity=facts) as
 """
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from engram_lm import durable
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.kernels import checksums
 from engram_lm.storage.codecs import codec_named
@@ -170,15 +170,15 @@ class TableWriter:
             self._file.write(section.data)
             finished = replace(header, checksums_hash=int(checksums.xxh64(section)))
             self._file.flush()
-            os.fsync(self._file.fileno())
+            durable.sync(self._file)
             self._file.seek(0)
             self._file.write(finished.to_bytes())
             self._file.flush()
-            os.fsync(self._file.fileno())
-            os.replace(self.partial, self.path)
+            durable.sync(self._file)
+            durable.rename(self.partial, self.path)
             self._finished = True
             self.partial_sums.unlink(missing_ok=True)
-            sync_directory(self.path.parent)
+            durable.sync_directory(self.path.parent)
         self.close()
         return finished
 
@@ -230,30 +230,17 @@ def _locked(path: Path) -> BinaryIO:
         # made or found in one step, and never cut: it may be another writer's
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not durable.try_lock(file):
+                raise CheckpointError(f"{path} is being written by another writer, which holds its lock.")
             # the writer before us may have renamed the file after we opened it
             if path.exists() and os.path.samestat(os.stat(path), os.fstat(file.fileno())):
                 return file
         except FileNotFoundError:
             pass
-        except BlockingIOError:
-            file.close()
-            raise CheckpointError(
-                f"{path} is being written by another writer, which holds its lock."
-            ) from None
         except BaseException:
             file.close()
             raise
         file.close()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make a rename in `directory` last."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ of full length beside a `.partial.rows` that says how many rows are in it for ce
 """
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import struct
@@ -19,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from engram_lm import durable
 from engram_lm.errors import CheckpointError, ConfigError
 from engram_lm.storage import CODECS, Layout, TableWriter, names_of
 from engram_lm.storage.codecs import E4M3_MAX, codec_named
 from engram_lm.storage.safetensors import header_bytes
 from engram_lm.storage.shipped import Names, shard_name, shard_rows
 from engram_lm.storage.store import records_of
-from engram_lm.storage.writer import sync_directory
 from engram_lm.tabletools.sources import Decoder
 
 Report = Callable[[int, int], None]
@@ -337,11 +336,9 @@ class _Partial:
     def __enter__(self) -> "_Partial":
         with _told(self.partial):
             self.file = os.open(self.partial, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not durable.try_lock(self.file):
                 os.close(self.file)
-                raise CheckpointError(f"{self.partial} is being written by another process.") from None
+                raise CheckpointError(f"{self.partial} is being written by another process.")
             self._continue()
         return self
 
@@ -376,18 +373,16 @@ class _Partial:
 
     def _keep(self, rows_done: int) -> None:
         with _told(self.partial):
-            os.fdatasync(self.file)
-            new = self.journal.with_name(self.journal.name + ".new")
-            new.write_bytes(self.key + struct.pack("<Q", rows_done))
-            os.replace(new, self.journal)
+            durable.sync(self.file)
+            durable.write_atomic(self.journal, self.key + struct.pack("<Q", rows_done))
         self.unsynced = 0
 
     def finish(self) -> None:
         with _told(self.partial):
-            os.fsync(self.file)
-            os.replace(self.partial, self.path)
+            durable.sync(self.file)
+            durable.rename(self.partial, self.path)
             self.journal.unlink()
-            sync_directory(self.path.parent)
+            durable.sync_directory(self.path.parent)
 
     def __exit__(self, *error: Any) -> None:
         if self.journal.exists():

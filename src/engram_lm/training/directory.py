@@ -7,15 +7,14 @@ with alone_in("runs/first", "train"): ...
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from engram_lm.durable import try_lock, write_atomic
 from engram_lm.errors import CheckpointError
-from engram_lm.whole import write_whole
 
 OPTIONS, FACTS, METRICS, PICTURE, CHECKPOINTS = (
     "train.json",
@@ -59,10 +58,8 @@ def begun_run(out: Path, earlier: str) -> dict[str, Any] | None:
 def alone_in(out: Path, command: str) -> Iterator[None]:
     """No other `engram-lm COMMAND` works in a directory; the lock dies with its process."""
     with open(out / ".lock", "a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"Another engram-lm {command} is at work in {out}.") from None
+        if not try_lock(lock):
+            raise CheckpointError(f"Another engram-lm {command} is at work in {out}.")
         yield
 
 
@@ -92,4 +89,4 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(data, indent=1) + "\n")
+    write_atomic(path, json.dumps(data, indent=1) + "\n")

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from engram_lm.whole import write_whole
+from engram_lm.durable import write_atomic
 
 
 class Metrics:
@@ -28,7 +28,7 @@ class Metrics:
             [] if step is None else [record for record in read_metrics(self.path) if record["step"] <= step]
         )
         self.records = kept
-        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+        write_atomic(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def add(self, **record: Any) -> None:
         self.records.append(record)

@@ -5,12 +5,13 @@ Below them, what memory is worth: the held-out loss without it minus the one wit
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from engram_lm.durable import replacing
 
 INK, FAINT, GRID = "#222222", "#c9d3dd", "#e6e6e6"
 WITH, WITHOUT, TRAIN = "#c0392b", "#5d6d7e", "#8fa6bf"
@@ -53,9 +54,8 @@ def draw_losses(records: Sequence[dict[str, Any]], path: Path, *, title: str, mo
             each.tick_params(colors=INK, length=0)
             for side in ("top", "right", "left"):
                 each.spines[side].set_visible(False)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png")
 
 
 def _draw_training(axes: Any, points: np.ndarray) -> None:

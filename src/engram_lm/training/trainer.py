@@ -29,6 +29,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from engram_lm.attachment import load_memory, memories, save_memory
 from engram_lm.attachment.files import read_manifest, require_own_adapter, require_own_base
+from engram_lm.durable import sync_path, write_atomic
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, ModelError, RowUpdateError
 
 WHOLE = "whole.json"
@@ -137,14 +138,8 @@ class MemoryTrainer(Trainer):
 def mark_whole(directory: Path, *, step: int) -> None:
     """Sync every file of a checkpoint and say that it is complete."""
     for path in [p for p in directory.rglob("*") if p.is_file()]:
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-    beside = directory / f".{WHOLE}"
-    with open(beside, "w", encoding="utf8") as file:
-        file.write(json.dumps({"step": step}) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, directory / WHOLE)
+        sync_path(path)
+    write_atomic(directory / WHOLE, json.dumps({"step": step}) + "\n")
 
 
 def last_checkpoint(directory: str | os.PathLike) -> Path | None:
