@@ -22,7 +22,7 @@ from engram_lm.adapt.report import perplexities
 from engram_lm.mixing import onepass
 from engram_lm.mixing.features import features
 from engram_lm.mixing.lookups import Lookups, evidence
-from engram_lm.mixing.scoring import combine
+from engram_lm.mixing.mix import combine
 
 SEPARATOR = 65_535
 DOMAINS = (RETRIEVED_FOR_GENERAL,)

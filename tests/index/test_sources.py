@@ -163,7 +163,7 @@ def test_a_thousand_copies_raise_lambda_by_no_more_than_stated(how):
         for copies in (1, 1000):
             memory = a_snapshot(with_copies(how, copies))
             found = memory.distribution([7, 8, 9], count="sources")
-            evidence = Evidence(
+            evidence = Evidence.of(
                 depth=[found.depth], generated=[0], count=[found.count_D[-1]], distinct=[found.distinct_D[-1]],
                 count_below=[found.count_D[-2]], distinct_below=[found.distinct_D[-2]], documents=[found.documents],
                 memory_entropy=[found.entropy], top_p=[found.top[1]], model_entropy=[entropy],
@@ -180,7 +180,7 @@ def evidence(**changes):
         "memory_entropy": 0.0, "top_p": 0.8, "model_entropy": 2.0, "model_top_logp": -0.5, "model_logp_of_top": -9.0,
         "same_top": False,
     }  # fmt: skip
-    return Evidence(**{name: [value] for name, value in {**facts, **changes}.items()})
+    return Evidence.of(**{name: [value] for name, value in {**facts, **changes}.items()})
 
 
 def test_repetition_is_capped_where_few_documents_say_it_and_nowhere_else():

@@ -1,6 +1,7 @@
 """Gates: files, refusals, fitting against a problem whose answer is known, the bound on harm, and the shipped one."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engram_lm.errors import CheckpointError, ConfigError, DataError, IdentityError
-from engram_lm.mixing.features import NAMES, Evidence, features, features_of_one
+from engram_lm.mixing.features import COLUMNS, NAMES, Evidence, features
 from engram_lm.mixing.fit import Examples, calibrate, draw_calibration, examples_of, fit_gate, report
 from engram_lm.mixing.fit import _objective as objective_of
 from engram_lm.mixing.gate import MOST, FixedLambda, Gate, LookupConfig, default_gate
@@ -193,13 +194,37 @@ rows = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+def plain_features(e, *, tokens):
+    """The twin: every feature from its definition, in Python numbers."""
+    depth, documents = e["depth"], e["documents"]
+    p = min(max(e["top_p"], 1e-6), 1 - 1e-6)
+    top, log_depth = math.log(p / (1 - p)), math.log2(1 + depth)
+    own = min(e["generated"], depth)
+    capped = depth >= 3 and documents < 16
+    count = min(e["count"], 32 * max(documents, 1)) if capped else e["count"]
+    return {
+        "depth": log_depth, **{f"depth>={n}": depth >= n for n in (1, 2, 3, 4, 6, 9, 17)},
+        "count": math.log1p(count), "count=1": e["count"] == 1,
+        "distinct": math.log1p(e["distinct"]), "distinct=1": e["distinct"] == 1,
+        "count below": math.log1p(e["count_below"]), "distinct below": math.log1p(e["distinct_below"]),
+        "documents": math.log1p(min(documents, 16)), "documents=1": documents == 1,
+        "memory entropy": e["memory_entropy"], "memory top": top, "model entropy": e["model_entropy"],
+        "model top": max(e["model_top_logp"], math.log(1e-9)),
+        "model on memory top": max(e["model_logp_of_top"], math.log(1e-9)), "same top": e["same_top"],
+        "depth x model entropy": log_depth * e["model_entropy"], "depth x memory top": log_depth * top,
+        "tokens": math.log1p(tokens), "fresh": log_depth - math.log2(1 + depth - own),
+        "all generated": depth > 0 and e["generated"] >= depth,
+    }  # fmt: skip
+
+
 @settings(deadline=None)
-@given(rows, number)
-def test_features_of_one_row_are_those_of_many(row, tokens):
-    many = features(Evidence(**{name: [value] for name, value in row.items()}), tokens=tokens)
-    one = features_of_one(**row, tokens=tokens)
-    assert one.shape == many.shape
-    np.testing.assert_allclose(one, many, rtol=1e-13, atol=1e-13)
+@given(st.lists(rows, min_size=1, max_size=4), number)
+def test_features_are_what_their_names_say(several, tokens):
+    found = features(Evidence.of(**{name: [row[name] for row in several] for name in COLUMNS}), tokens=tokens)
+    for row, values in zip(several, found, strict=True):
+        wanted = plain_features(row, tokens=tokens)
+        assert list(wanted) == list(NAMES)
+        np.testing.assert_allclose(values, np.array(list(wanted.values()), float), rtol=1e-9, atol=1e-9)
 
 
 def test_features_are_moderate_and_tell_fresh_matches_from_copied_ones():
@@ -209,7 +234,7 @@ def test_features_are_moderate_and_tell_fresh_matches_from_copied_ones():
             "documents": 2, "memory_entropy": 0.0, "top_p": 0.8,
             "model_entropy": 2.0, "model_top_logp": -0.5, "model_logp_of_top": -9.0, "same_top": False,
         }  # fmt: skip
-        return features(Evidence(**{k: [v] for k, v in {**facts, **changes}.items()}), tokens=10**9)[0]
+        return features(Evidence.of(**{k: [v] for k, v in {**facts, **changes}.items()}), tokens=10**9)[0]
 
     place = {name: i for i, name in enumerate(NAMES)}
     assert row().shape == (len(NAMES),)

@@ -65,7 +65,7 @@ def mixed_log_p(logits, snapshot, gate, context, generated):
     x = logits.astype(np.float64)
     log_p = x - np.logaddexp.reduce(x)
     top = int(memory.top[0])
-    seen = Evidence(
+    seen = Evidence.of(
         depth=memory.depth, generated=[generated], count=memory.count, distinct=memory.distinct,
         count_below=memory.count_below, distinct_below=memory.distinct_below,
         documents=memory.documents, memory_entropy=memory.entropy, top_p=memory.top_p,
@@ -337,7 +337,7 @@ def test_the_shipped_gate_is_for_smollm2_and_within_its_bound():
     # nothing in common with the index, a word in common, a passage in common
     from engram_lm.mixing.features import Evidence, features
 
-    seen = Evidence(
+    seen = Evidence.of(
         depth=[0, 2, 30], generated=[0] * 3, count=[10**5, 20, 1], distinct=[9000, 12, 1], count_below=[10**5, 300, 1],
         distinct_below=[9000, 90, 1], documents=[64, 9, 1], memory_entropy=[7.0, 2.3, 0.0], top_p=[0.04, 0.2, 0.99],
         model_entropy=[3.0] * 3, model_top_logp=[-1.0] * 3, model_logp_of_top=[-4.0, -3.0, -5.0], same_top=[False] * 3,

@@ -6,11 +6,12 @@
     model.generate(input_ids, attention_mask=attention_mask, logits_processor=[processor])
     score(model, ids, snapshot, default_gate("smollm2"), rules=rules_of(tokenizer, model, snapshot)).perplexity()
 
-    mix.py, onepass.py   the equation, its kernels and its plain twin; which tokens memory may speak of
+    mix.py, onepass.py   the equation, its kernels, its plain twin; which tokens memory may speak of; on_device.py: in torch
     lookups.py           look-ups as evidence
     features.py, gate.py lambda from evidence; gate files
     gate_examples.py     examples for a gate, from an index and a model (torch)
     fit.py               fitting and bounding a gate
+    mixer.py             lambda and the mixture for whoever decodes or scores: the one place
     scoring.py           whole texts (torch)
     processor.py         transformers' generate (torch); trace.py, what it records
     session.py           what a request has said so far, as one more document
@@ -34,6 +35,7 @@ _HOME = {
     "MemoryStep": "trace",
     "summary": "trace",
     "MemoryProcessor": "processor",
+    "Mixer": "mixer",
     "memory_processor": "processor",
     "require_identity": "identity",
     "rules_of": "identity",

@@ -104,21 +104,18 @@ def tail(memory: Lookups) -> Lookups:
 
 def evidence(memory: Lookups, survey_N6: np.ndarray, *, generated: np.ndarray | int = 0) -> Evidence:
     """survey: rows of `onepass.survey_rows`, whose `other` was `memory.top`."""
-    return Evidence(
-        depth=memory.depth,
-        generated=np.broadcast_to(np.asarray(generated), memory.depth.shape),
-        count=memory.count,
-        distinct=memory.distinct,
-        count_below=memory.count_below,
-        distinct_below=memory.distinct_below,
-        documents=memory.documents,
-        memory_entropy=memory.entropy,
-        top_p=memory.top_p,
-        model_entropy=survey_N6[:, 2],
-        model_top_logp=survey_N6[:, 3],
-        model_logp_of_top=survey_N6[:, 1],
-        same_top=survey_N6[:, 4] == memory.top,
+    found = Evidence(len(memory.depth))
+    found["depth"], found["generated"] = memory.depth, generated
+    found["count"], found["distinct"] = memory.count, memory.distinct
+    found["count_below"], found["distinct_below"] = memory.count_below, memory.distinct_below
+    found["documents"], found["memory_entropy"], found["top_p"] = (
+        memory.documents,
+        memory.entropy,
+        memory.top_p,
     )
+    found["model_entropy"], found["model_top_logp"] = survey_N6[:, 2], survey_N6[:, 3]
+    found["model_logp_of_top"], found["same_top"] = survey_N6[:, 1], survey_N6[:, 4] == memory.top
+    return found
 
 
 def _require_same(snapshot: Snapshot, rules: TokenRules) -> None:

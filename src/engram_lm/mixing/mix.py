@@ -158,3 +158,16 @@ def _mix_log(x: np.ndarray, q: np.ndarray, lam: float, kept: float, lse: float, 
     if out is not x:
         out[:] = x
     out[at] = raw - np.logaddexp.reduce(raw) + np.logaddexp.reduce(log_p) + lse
+
+
+def combine(log_p_model: np.ndarray, p_memory: np.ndarray, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(log P, responsibility) of tokens whose log P_model and P_memory are known; float64, linear."""
+    with np.errstate(divide="ignore"):
+        from_memory = np.log(lam) + np.log(p_memory)
+    log_p = np.where(lam > 0, np.logaddexp(np.log1p(-lam) + log_p_model, from_memory), log_p_model)
+    return log_p, np.exp(from_memory - log_p)
+
+
+def blend(p_model: Any, p_memory: Any, lam: float) -> Any:
+    """P of numbers or arrays of probabilities, straight from the definition."""
+    return (1 - lam) * p_model + lam * p_memory

@@ -26,6 +26,7 @@ import numpy as np
 
 from engram_lm.errors import ConfigError
 from engram_lm.mixing.mix import TokenRules, mix
+from engram_lm.mixing.mixer import MixedRow
 from engram_lm.mixing.trace import MemoryStep
 
 # Below this part of the question's words in the best passage nothing is known of what is asked (experiments/questions).
@@ -141,7 +142,7 @@ class PointingProcessor:
     ) -> None:
         self.focus, self.pointing, self.rules = tuple(focus), pointing or Pointing(), rules
         self._prompt_length = prompt_length
-        self._last: tuple[int, np.ndarray, float, Pointed, np.ndarray, float] | None = None
+        self._last: tuple[int, MixedRow] | None = None
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
         """Logits [N, V] of the next token after input_ids [N, T] -> logits of the mixture."""
@@ -161,20 +162,15 @@ class PointingProcessor:
             mixture = mix(logits_V, q_M, lam=pointed.lam, out=out_NV[row])
             if row == 0:
                 spent = (time.perf_counter() - start) * 1e6
-                self._last = len(ids), logits_V, mixture.lse, pointed, q_M / max(mixture.kept, 1e-30), spent
-                self._lam = mixture.lam
+                named = len({getattr(one, "id", "") for one in self.focus})
+                self._last = len(ids), MixedRow(
+                    q_M, logits_V, mixture.lam, mixture.kept, mixture.lse, "linear", pointed.depth, 1, named, spent
+                )  # fmt: skip
         return scores.new_tensor(out_NV)
 
     def step_of(self, token_id: int) -> MemoryStep | None:
         """What memory did to the first row's newest token, once it was chosen."""
         if self._last is None:
             return None
-        position, logits_V, lse, pointed, q_M, spent = self._last
-        p_memory = float(q_M[token_id]) if token_id < len(q_M) else 0.0
-        p_model = float(np.exp(float(logits_V[token_id]) - lse))
-        p = (1 - self._lam) * p_model + self._lam * p_memory
-        return MemoryStep(
-            position=position, token_id=token_id, lam=self._lam, p_memory=p_memory, p_model=p_model, p=p,
-            responsibility=self._lam * p_memory / p if p else 0.0, depth=pointed.depth, count=1,
-            documents=len({getattr(one, "id", "") for one in self.focus}), micro_seconds=spent,
-        )  # fmt: skip
+        position, row = self._last
+        return row.step(token_id, position=position)

@@ -18,48 +18,21 @@ this prompt's rows alone (`session`). Needs torch; not transformers.
 
 from __future__ import annotations
 
-import math
-import time
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
 from engram_lm.errors import ConfigError, StateError
-from engram_lm.mixing import onepass
-from engram_lm.mixing.features import features_of_one
 from engram_lm.mixing.gate import Lambda
 from engram_lm.mixing.identity import require_identity, rules_of
-from engram_lm.mixing.lookups import Lookups, read_next
-from engram_lm.mixing.mix import TokenRules, mix
+from engram_lm.mixing.mix import TokenRules
+from engram_lm.mixing.mixer import MixedRow, Mixer
 from engram_lm.mixing.session import SessionMemory
 from engram_lm.mixing.trace import MemoryStep
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
-
-
-class _Row(NamedTuple):
-    """A step's look-up of one row, kept until the next step tells which token was chosen."""
-
-    key: tuple[int, int]
-    q_M: np.ndarray
-    logits_V: torch.Tensor
-    lam: float
-    kept: float
-    lse: float
-    space: str
-    memory: Lookups
-    micro_seconds: float
-
-
-class LookUp(NamedTuple):
-    """q_M: P_memory over the tokens it may speak of, not renormalised. lam: the gate's. lse: log-sum-exp of the logits."""
-
-    q_M: np.ndarray
-    memory: Lookups
-    lam: float
-    lse: float
 
 
 class MemoryProcessor:
@@ -77,7 +50,7 @@ class MemoryProcessor:
         session: int | Literal["off"] = "off",
     ) -> None:
         self.snapshot, self.gate, self.rules = snapshot, gate, rules
-        self.most_verbatim = most_verbatim
+        self.mixer = Mixer(gate, rules, most_verbatim=most_verbatim)
         self._prompts, self._prompt_length, self._record = prompts, prompt_length, record
         self._sessions: list[SessionMemory] = []
         if session != "off":
@@ -86,7 +59,7 @@ class MemoryProcessor:
             ]
         self._buffers: list[list[np.ndarray]] = [[], []]
         self._turn = 0
-        self._last: list[_Row] = []
+        self._last: list[tuple[tuple[int, int], MixedRow]] = []
         self._steps: dict[tuple[int, int], MemoryStep] = {}
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -146,7 +119,8 @@ class MemoryProcessor:
         """What memory did to the first row's newest token, once it was chosen; None where the index is empty."""
         if self._record == "nothing" or not self._last:
             return None
-        return _step(self._last[0], token_id, position=self._last[0].key[0])
+        (position, _), row = self._last[0]
+        return row.step(token_id, position=position)
 
     # ---- inside -------------------------------------------------------------------------------------------------------
 
@@ -160,77 +134,23 @@ class MemoryProcessor:
         out_V: np.ndarray,
     ) -> bool:
         """Write the mixture of one row; False where it is the model's own distribution, bit for bit."""
-        start = time.perf_counter()
-        buffers, row_V = self._buffers[self._turn], logits_V.numpy()
+        buffers = self._buffers[self._turn]
         while len(buffers) <= r:
             buffers.append(np.empty(self.snapshot.vocab_size + 1, np.float32))
-        found = look_up(snapshot, self.gate, self.rules, context, row_V, generated=generated, out=buffers[r])
-        q, memory, lam, lse = found
-        if self.most_verbatim is not None and min(memory.depth[0], generated) >= self.most_verbatim:
-            lam = 0.0
-        mixture = mix(row_V, q, lam=lam, out=out_V, space=self.gate.space, lse=lse)
+        row = self.mixer.row(
+            snapshot, context, logits_V.numpy(), generated=generated, out=out_V, buffer=buffers[r]
+        )
         if self._record == "steps":
-            spent = (time.perf_counter() - start) * 1e6
-            self._last.append(
-                _Row(
-                    _key(context), q, logits_V, mixture.lam, mixture.kept, lse, self.gate.space, memory, spent
-                )
-            )
-        return mixture.lam > 0
+            self._last.append((_key(context), row))
+        return row.lam > 0
 
     def _close_steps(self, contexts: list[np.ndarray]) -> None:
         """Now that the chosen tokens are known, write the records of the step before."""
-        before = {row.key: row for row in self._last}
+        before = dict(self._last)
         for context in contexts:
             row = before.get(_key(context[:-1])) if len(context) else None
             if row is not None:
-                self._steps[_key(context)] = _step(row, int(context[-1]), position=len(context) - 1)
-
-
-def look_up(
-    snapshot: Snapshot,
-    gate: Lambda,
-    rules: TokenRules,
-    context: np.ndarray,
-    row_V: np.ndarray,
-    *,
-    generated: int,
-    out: np.ndarray,
-) -> LookUp:
-    """What memory says after one context, int [T], whose last `generated` tokens are not of the prompt; row_V: the model's
-    logits there, float32; out: float32 [index's vocabulary + 1], which q_M stays inside."""
-    q, memory = read_next(snapshot, context, rules, gate.reading, out=out)
-    at, most, lse, entropy = onepass.survey(row_V)
-    top = int(memory.top[0])
-    lam = 0.0
-    if memory.count[0] and np.isfinite(lse):
-        seen = features_of_one(
-            tokens=snapshot.n_tokens, depth=int(memory.depth[0]), generated=generated, count=int(memory.count[0]),
-            distinct=int(memory.distinct[0]), count_below=int(memory.count_below[0]),
-            distinct_below=int(memory.distinct_below[0]), documents=int(memory.documents[0]),
-            memory_entropy=float(memory.entropy[0]), top_p=float(memory.top_p[0]), model_entropy=entropy,
-            model_top_logp=most - lse, model_logp_of_top=float(row_V[top]) - lse if top >= 0 else -math.inf,
-            same_top=at == top,
-        )  # fmt: skip
-        lam = float(gate.lambdas(seen)[0])
-    return LookUp(q, memory, lam, lse)
-
-
-def _step(row: _Row, token: int, *, position: int) -> MemoryStep:
-    p_memory = float(row.q_M[token]) / row.kept if token < len(row.q_M) and row.kept > 0 else 0.0
-    p_model = float(np.exp(float(row.logits_V[token]) - row.lse))
-    p = (1 - row.lam) * p_model + row.lam * p_memory
-    parts = row.space == "linear"
-    if not parts and row.lam:
-        out = np.empty(len(row.logits_V), np.float32)
-        mix(row.logits_V.numpy(), row.q_M, lam=row.lam, out=out, space="log", lse=row.lse)
-        p = float(np.exp(float(out[token]) - row.lse))
-    return MemoryStep(
-        position=position, token_id=token, lam=row.lam, p_memory=p_memory, p_model=p_model, p=p,
-        responsibility=(row.lam * p_memory / p if p else 0.0) if parts else None,
-        depth=int(row.memory.depth[0]), count=int(row.memory.count[0]), documents=int(row.memory.documents[0]),
-        micro_seconds=row.micro_seconds,
-    )  # fmt: skip
+                self._steps[_key(context)] = row.step(int(context[-1]), position=len(context) - 1)
 
 
 def _key(context: np.ndarray) -> tuple[int, int]:

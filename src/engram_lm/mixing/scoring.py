@@ -21,10 +21,10 @@ import numpy as np
 
 from engram_lm.errors import TokenIdError
 from engram_lm.mixing import onepass
-from engram_lm.mixing.features import features
 from engram_lm.mixing.gate import Lambda
-from engram_lm.mixing.lookups import Lookups, evidence, read_next, read_text, tail
-from engram_lm.mixing.mix import TokenRules, mix
+from engram_lm.mixing.lookups import Lookups, read_next, read_text, tail
+from engram_lm.mixing.mix import TokenRules, combine, mix
+from engram_lm.mixing.mixer import Mixer
 
 if TYPE_CHECKING:
     from engram_lm.index.snapshot import Snapshot
@@ -120,8 +120,7 @@ def score_text(
     )
     # row t is the context of t + 1 tokens
     generated = np.maximum(np.arange(1, n + 1) - (n + 1 if given is None else given), 0)
-    lam = gate.lambdas(features(evidence(memory, survey_T6, generated=generated), tokens=snapshot.n_tokens))
-    lam = np.where(memory.count > 0, lam, 0.0)
+    lam = Mixer(gate, rules).lambdas(memory, survey_T6, tokens=snapshot.n_tokens, generated=generated)
     log_p_model, p = survey_T6[:, 0], memory.p
     if gate.space == "log":
         log_p, share = _score_log(ids_T, logits_TV, snapshot, gate, lam, survey_T6[:, 5], rules=rules)
@@ -131,14 +130,6 @@ def score_text(
         "log_p_model": log_p_model, "log_p": log_p, "p_memory": p, "lam": lam, "responsibility": share,
         "model_entropy": survey_T6[:, 2], "depth": memory.depth, "documents": memory.documents,
     }  # fmt: skip
-
-
-def combine(log_p_model: np.ndarray, p_memory: np.ndarray, lam: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(log P, responsibility) of the linear mixture."""
-    with np.errstate(divide="ignore"):
-        from_memory = np.log(lam) + np.log(p_memory)
-    log_p = np.where(lam > 0, np.logaddexp(np.log1p(-lam) + log_p_model, from_memory), log_p_model)
-    return log_p, np.exp(from_memory - log_p)
 
 
 _WHOLE = ("depth", "documents")

@@ -34,6 +34,7 @@ def next_tokens(
     import torch
 
     from engram_lm.generation import TransformersEngine
+    from engram_lm.mixing.mix import blend
 
     begun, engine = time.perf_counter(), TransformersEngine(loaded.model)
     ids = loaded.text_ids(asked.prompt, "prompt")
@@ -63,7 +64,7 @@ def next_tokens(
     if found is not None and found.p_V.any():
         lam = found.lam if asked.lam is None else asked.lam
         p_memory_V = found.p_V
-        p_mix_V = (1 - lam) * p_model_V + lam * p_memory_V
+        p_mix_V = blend(p_model_V, p_memory_V, lam)
         match, sources = _match(mixed, asked.prompt, found)
     k = asked.k
     return {

@@ -96,11 +96,11 @@ class ServedMixture:
 
     def look_up(self, snapshot: Snapshot, context: list[int], logits_V: np.ndarray) -> LookUp:
         """What memory says after a context, int [T], given the model's float32 logits [V] there."""
-        from engram_lm.mixing.processor import look_up
+        from engram_lm.mixing.mixer import Mixer
 
         out = np.empty(snapshot.vocab_size + 1, np.float32)
-        seen = look_up(
-            snapshot, self.gate, self.rules, np.array(context, np.int64), logits_V, generated=0, out=out
+        seen = Mixer(self.gate, self.rules).look_up(
+            snapshot, np.array(context, np.int64), logits_V, generated=0, out=out
         )
         p_V = np.zeros(len(logits_V))
         allowed = np.isfinite(logits_V[: len(seen.q_M)])

@@ -23,11 +23,10 @@ import numpy as np
 
 from engram_lm.errors import ConfigError, EngramError
 from engram_lm.index.store import Index
-from engram_lm.mixing import onepass
-from engram_lm.mixing.features import features
 from engram_lm.mixing.gate import FixedLambda, Gate, Lambda, default_gate
-from engram_lm.mixing.lookups import Lookups, evidence, read_next
+from engram_lm.mixing.lookups import Lookups, read_next
 from engram_lm.mixing.mix import mix, token_rules
+from engram_lm.mixing.mixer import Mixer, survey_of
 from engram_lm.vllm.options import RequestOptions, Settings
 
 if TYPE_CHECKING:
@@ -142,14 +141,10 @@ class Live:
         ]
         q_R, memory = [q for q, _ in read], _joined([found for _, found in read])
         generated = np.array([row.generated for row in rows])
+        mixer = Mixer(gate, self.rules, most_verbatim=self.settings.most_verbatim)
 
         def lambdas(survey_R6: np.ndarray) -> np.ndarray:
-            seen = features(evidence(memory, survey_R6, generated=generated), tokens=snapshot.n_tokens)
-            usable = (memory.count > 0) & np.isfinite(survey_R6[:, 5])
-            if (most := self.settings.most_verbatim) is not None:
-                usable &= np.minimum(memory.depth, generated) < most
-            with np.errstate(invalid="ignore"):
-                return np.where(usable, gate.lambdas(np.nan_to_num(seen)), 0.0)
+            return mixer.lambdas(memory, survey_R6, tokens=snapshot.n_tokens, generated=generated)
 
         at = [row.at for row in rows]
         (mix_here if logits_RV.device.type == "cpu" else mix_there)(logits_RV, at, q_R, memory.top, lambdas)
@@ -197,9 +192,7 @@ def mix_here(
     rows = [logits_RV[r].numpy() for r in at]
     survey_R6 = np.zeros((len(rows), 6))
     for i, (x_V, top) in enumerate(zip(rows, top_R.tolist(), strict=True)):
-        place, most, lse, entropy = onepass.survey(x_V)
-        of_top = x_V[top] - lse if top >= 0 else -np.inf
-        survey_R6[i] = 0.0, of_top, entropy, most - lse, place, lse
+        survey_R6[i] = survey_of(x_V, top)[0]
     # not into the logits themselves: compiled code that may overwrite what it reads is eight times slower
     out_V = np.empty(logits_RV.shape[1], np.float32)
     for x_V, q_M, lam, lse in zip(
@@ -220,6 +213,8 @@ def mix_there(
     """The same in torch, on the logits' device: logits never leave it, six numbers a row come back, q goes there."""
     import torch
 
+    from engram_lm.mixing.on_device import mix_rows
+
     device = logits_RV.device
     at_R = torch.tensor(at, device=device)
     x_RV = logits_RV.index_select(0, at_R)
@@ -239,16 +234,7 @@ def mix_there(
     q_RM = torch.from_numpy(np.stack([q_R[r] for r in used])).to(device)
     used_R = torch.from_numpy(used).to(device)
     lam_R1 = torch.from_numpy(lam_R[used].astype(np.float32)).to(device)[:, None]
-    x_RV, lse_R1 = x_RV[used_R], lse_R[used_R][:, None]
-    x_RM = x_RV[:, : q_RM.shape[1]]
-    allowed_RM = x_RM > -torch.inf
-    kept_R1 = torch.where(allowed_RM, q_RM, 0.0).sum(-1, keepdim=True)
-    p_RM = (1 - lam_R1) * (x_RM - lse_R1).exp() + lam_R1 / kept_R1 * q_RM
-    out_RV = x_RV + torch.log1p(-lam_R1)
-    out_RV[:, : q_RM.shape[1]] = torch.where(
-        (q_RM > 0) & allowed_RM, lse_R1 + p_RM.clamp(min=1.2e-38).log(), out_RV[:, : q_RM.shape[1]]
-    )
-    out_RV = torch.where(kept_R1 > 0, out_RV, x_RV)
+    out_RV = mix_rows(x_RV[used_R], lse_R[used_R][:, None], q_RM, lam_R1)
     logits_RV.index_copy_(0, at_R[used_R], out_RV)
 
 
