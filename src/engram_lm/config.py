@@ -35,7 +35,7 @@ class MemoryConfig:
             JSON as a dict (see `engram_lm.tables.rules`).
         row_dtype: "float32" or "bfloat16" (both trainable; bfloat16 is rounded stochastically), or "float16" (read only).
         control: for comparisons, a memory that something is missing from: "one-row", "shuffled", "frozen-random", "bias" or
-            "off" (see `engram_lm.attachment.controls`).
+            "off" (see `engram_lm.memory.controls`).
     """
 
     layers: tuple[int, ...]

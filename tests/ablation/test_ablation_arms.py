@@ -10,9 +10,9 @@ import engram_lm
 import models
 from engram_lm.ablation.arms import MEMORY_ARMS, control, control_of
 from engram_lm.attachment import attach, memories, trace
-from engram_lm.attachment.controls import FROZEN_STD
 from engram_lm.config import CONTROLS, MemoryConfig
 from engram_lm.errors import ConfigError
+from engram_lm.memory.controls import FROZEN_STD
 
 CONFIG = MemoryConfig(layers=(0, 2), rows_per_head=53, head_width=4, heads=2)
 IDS = torch.randint(2, 258, (3, 12), generator=torch.Generator().manual_seed(4))
@@ -128,9 +128,9 @@ def test_bias_adds_one_vector_and_trains_nothing_else(bare):
     hidden = torch.zeros(1, 2, 32)
     slot = memories(model)["memory"].slots[0]
     assert slot.bias.abs().max() > 0
-    from engram_lm.attachment.controls import add_bias
+    from engram_lm.memory.controls import bias_of
 
-    assert torch.equal(add_bias(slot, hidden), slot.bias.expand(1, 2, 32))
+    assert torch.equal(bias_of(slot, hidden), slot.bias.expand(1, 2, 32))
     assert torch.equal(model(IDS, memory="off").logits, bare(IDS).logits)
 
 

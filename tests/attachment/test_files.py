@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from engram_lm.attachment import MemoryConfig, attach, from_pretrained, load_memory, memories, save_memory
-from engram_lm.attachment import files as module
+from engram_lm.attachment import saving as module
 from engram_lm.bases.base import load_base
 from engram_lm.errors import CheckpointError, IdentityError, RowUpdateError, StateError
 from models import build, give_memory, make_loud, tokenizer

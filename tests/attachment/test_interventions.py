@@ -119,5 +119,5 @@ def test_gradients_go_to_the_rows_that_were_read():
 def test_a_copy_keeps_its_reading(loud):
     with reading(loud, OneRow()):
         twin = copy.deepcopy(loud)
-    assert all(memory.reading is not None for memory in memories(twin).values())
-    assert all(memory.reading is None for memory in memories(loud).values())
+    assert all(memory.intervention is not None for memory in memories(twin).values())
+    assert all(memory.intervention is None for memory in memories(loud).values())

@@ -8,8 +8,9 @@ import torch
 
 import matrix
 import models
-from engram_lm.attachment import memories, memory, use_table
+from engram_lm.attachment import memories, use_table
 from engram_lm.errors import TokenIdError
+from engram_lm.memory import memory
 from engram_lm.storage import HostStore
 from engram_lm.tables import ReadOnlyTable
 
@@ -124,7 +125,7 @@ def test_the_rows_of_a_checkpoint_are_never_pinned(model, monkeypatch):
 
 
 def test_rows_in_pinned_memory_are_copied_without_waiting(model, monkeypatch):
-    from engram_lm.attachment import runtime
+    from engram_lm.memory import layer
 
     asked = []
 
@@ -139,5 +140,5 @@ def test_rows_in_pinned_memory_are_copied_without_waiting(model, monkeypatch):
             return self
 
     for pinned in (True, False):
-        runtime._on_device(Rows(pinned), torch.device("meta"))
+        layer.on_device(Rows(pinned), torch.device("meta"))
     assert asked == [("meta", True), ("meta", False)]

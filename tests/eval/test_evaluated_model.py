@@ -90,7 +90,7 @@ def test_a_state_ends_with_its_block_whatever_happens(loud):
     with pytest.raises(ZeroDivisionError), loud.state("shuffled"):
         seen.append(1 / loud.model.training)  # False: in eval mode
     assert loud.model.training
-    assert all(memory.reading is None for memory in memories(loud.model).values())
+    assert all(memory.intervention is None for memory in memories(loud.model).values())
     loud.model.eval()
 
 

@@ -119,7 +119,7 @@ def test_logits_of_a_batch_are_those_of_each_row_alone():
 
 def test_state_that_is_left_behind_would_be_seen(monkeypatch):
     """The comparison above can fail: without memory's state of the past, rows in a batch say something else."""
-    from engram_lm.nn.cache import MemoryState
+    from engram_lm.nn import MemoryState
 
     model = give_memory(build("llama", torch.float64), "paper")
     engine = TransformersEngine(model)

@@ -7,7 +7,7 @@
     unigram          order 1 alone, as many rows and lookups: does the context of a token matter?
 
 All read as many rows a token as the memory and have its projection, gate and conv. What each control does is in
-`engram_lm.attachment.controls`; a saved model says which one it is.
+`engram_lm.memory.controls`; a saved model says which one it is.
 
     for name in MEMORY_ARMS:
         model = attach(build(), tokenizer, control(config, name))

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -28,40 +27,28 @@ from engram_lm.attachment.arguments import (
     refuse_paged,
     token_ids,
 )
-from engram_lm.attachment.controls import add_bias
-from engram_lm.attachment.memory import Memory, MemoryLayer
+from engram_lm.attachment.cache import CachedMemoryState, find_state, state_of
 from engram_lm.attachment.structure import Decoder
 from engram_lm.errors import ConfigError, ModelError, StateError
+from engram_lm.identity import BaseRef
 from engram_lm.kvcache import cache_in
-from engram_lm.nn import MemoryState, Window
-from engram_lm.nn.cache import find_state, state_of
-from engram_lm.tables.gradients import require_trains
-from engram_lm.tables.protocol import Ticket
+from engram_lm.memory.memory import Memory, MemoryCall
+from engram_lm.nn import Window
 from engram_lm.traces import LayerTrace
 
-CALL = "engram_call"  # the keyword that carries a MemoryCall to the blocks
+CALL = "engram_call"  # the keyword that carries a ModelCall to the blocks
 
 
-class MemoryCall:
+class ModelCall:
     """What one forward of the decoder needs at its blocks."""
 
-    def __init__(self, window: Window, active: list[Memory]) -> None:
+    def __init__(self, window: Window, active: list[Memory], sink: list[LayerTrace] | None) -> None:
         self.window = window
-        self.addresses = {memory.name: memory.addresses(window) for memory in active}
-        # ids are all it takes: rows that lie far away are on their way before the first block runs
-        self.tickets: dict[str, list[Ticket | None]] = {
-            memory.name: [
-                slot.table.prefetch(address)
-                if slot.table.fetches_ahead and not torch.compiler.is_compiling()
-                else None
-                for slot, address in zip(memory.slots, self.addresses[memory.name], strict=True)
-            ]
-            for memory in active
-        }
+        self.memories = [MemoryCall(memory, window, sink=sink) for memory in active]
 
 
 # The runtime and call of the decoder that runs in this thread; read only by blocks that got no keyword.
-_NOW: ContextVar[tuple[Any, MemoryCall | None] | None] = ContextVar("engram_call", default=None)
+_NOW: ContextVar[tuple[Any, ModelCall | None] | None] = ContextVar("engram_call", default=None)
 
 # `memory` and `memory_ids` as the whole model was called with them: some models do not hand them to their decoder.
 _ASKED: ContextVar[dict[str, Any] | None] = ContextVar("engram_asked", default=None)
@@ -70,7 +57,7 @@ _ASKED: ContextVar[dict[str, Any] | None] = ContextVar("engram_asked", default=N
 class MemoryRuntime:
     """The memories of one model and the hooks that run them."""
 
-    def __init__(self, decoder: Decoder, *, base: Any, tokenizer: Any, model: nn.Module) -> None:
+    def __init__(self, decoder: Decoder, *, base: BaseRef, tokenizer: Any, model: nn.Module) -> None:
         self.base, self.tokenizer = base, tokenizer
         self.decoder_class = type(decoder.module).__name__
         self.n_blocks = len(decoder.blocks)
@@ -125,7 +112,7 @@ class MemoryRuntime:
 
     def begin_call(
         self, module: nn.Module, given: dict, given_ids: Tensor | None, active: list[Memory]
-    ) -> MemoryCall:
+    ) -> ModelCall:
         """Window and addresses of a decoder call with the arguments `given` by name."""
         ids_BT = token_ids(given, given_ids)
         refuse_paged(given)
@@ -150,9 +137,9 @@ class MemoryRuntime:
             state = state_of(cache, n_layers=self.n_blocks, keep=keep, memories=names)
         elif use_cache:
             # the decoder is about to make a cache of its own kind; `after_decoder` puts this state into it
-            state = MemoryState(keep=keep, fixed=False, memories=names)
+            state = CachedMemoryState(keep=keep, fixed=False, memories=names)
         window = Window.begin(ids_BT, real_BT, starts_BT=starts_BT, state=state, keep=keep)
-        return MemoryCall(window, active)
+        return ModelCall(window, active, self.sink)
 
     def _given(self, args: tuple, kwargs: dict) -> dict:
         """The decoder's arguments by name, however they were passed."""
@@ -174,48 +161,13 @@ class MemoryRuntime:
 
     # ---- before a block -----------------------------------------------------------------------------------------
 
-    def add_to(self, hidden: Tensor, call: MemoryCall, block: int) -> Tensor:
+    def add_to(self, hidden: Tensor, call: ModelCall, block: int) -> Tensor:
         """hidden plus what every memory at this block adds."""
-        for name, addresses in call.addresses.items():
-            memory = self.memories[name]
-            for slot, address_BTC, ticket in zip(memory.slots, addresses, call.tickets[name], strict=True):
+        for each in call.memories:
+            for slot in each.memory.slots:
                 if slot.block == block:
-                    hidden = self._slot(memory, slot, hidden, address_BTC, ticket, call.window)
+                    hidden = hidden + slot(hidden, each).delta
         return hidden
-
-    def _slot(
-        self,
-        memory: Memory,
-        slot: MemoryLayer,
-        hidden: Tensor,
-        address_BTC: Tensor,
-        ticket: Ticket | None,
-        window: Window,
-    ) -> Tensor:
-        if slot.bias is not None:
-            return add_bias(slot, hidden)
-        if not torch.compiler.is_compiling():
-            learning = torch.is_grad_enabled() and slot.handle.requires_grad
-            slot.table.gradients.check(slot.handle, training=learning)
-            if learning and slot.training:
-                require_trains(slot.handle)
-        rows_BTCW = _on_device(slot.table.read(address_BTC, slot.handle, ticket), hidden.device)
-        if memory.reading is not None:
-            rows_BTCW = memory.reading.rows(slot, address_BTC, rows_BTCW)
-        output = slot(hidden, rows_BTCW.flatten(2), window, key=(memory.name, slot.block))
-        if self.sink is not None and not torch.compiler.is_compiling():
-            self.sink.append(_record(memory, slot, hidden, address_BTC, rows_BTCW, output, window))
-        return hidden + output.delta
-
-
-def _on_device(rows_BTCW: Tensor, device: torch.device) -> Tensor:
-    """Rows where the hidden states are. From pinned memory the CPU does not wait for the copy.
-
-    Safe, because nobody writes to the rows again, and torch gives pinned memory away only when copies from it are done.
-    """
-    if torch.compiler.is_compiling() or rows_BTCW.device == device:
-        return rows_BTCW.to(device)
-    return rows_BTCW.to(device, non_blocking=rows_BTCW.is_pinned())
 
 
 class _BlockHook:
@@ -234,7 +186,7 @@ class _BlockHook:
         kwargs["hidden_states"] = self.runtime.add_to(kwargs["hidden_states"], call, self.index)
         return args, kwargs
 
-    def _call_of_thread(self) -> MemoryCall | None:
+    def _call_of_thread(self) -> ModelCall | None:
         name = self.runtime.decoder_class
         if torch.compiler.is_compiling():
             raise ModelError(
@@ -248,62 +200,6 @@ class _BlockHook:
         return now[1]
 
 
-# ---- trace -----------------------------------------------------------------------------------------------------------
-
-
-def _record(
-    memory: Memory,
-    slot: MemoryLayer,
-    hidden: Tensor,
-    address_BTC: Tensor,
-    rows_BTCW: Tensor,
-    output: Any,
-    window: Window,
-) -> LayerTrace:
-    batch, n_tokens = address_BTC.shape[:2]
-    ids_BT = window.chunk_of(window.ids_BS).cpu()
-    streams = (batch, n_tokens, slot.branches, slot.hidden_size)
-    size = output.delta.reshape(streams).float().norm(dim=-1)
-    against = hidden.reshape(streams).float().norm(dim=-1).clamp_min(1e-12)
-    seen_BS = _seen(window, slot)
-    return LayerTrace(
-        memory=memory.name,
-        block=slot.block,
-        orders=slot.scheme.profile.orders,
-        heads=slot.scheme.profile.heads,
-        token_ids=ids_BT.numpy(),
-        canonical_ids=memory.canonical(ids_BT),
-        ngrams=np.stack([np.minimum(seen_BS, order) for order in slot.scheme.profile.orders], -1),
-        address=address_BTC.cpu().numpy(),
-        gate=output.gate.detach().float().cpu().numpy(),
-        row_norm=rows_BTCW.detach().float().norm(dim=-1).cpu().numpy(),
-        value_norm=output.value_norm.detach().float().norm(dim=-1).cpu().numpy(),
-        share=(size / against).detach().cpu().numpy(),
-    )
-
-
-def _seen(window: Window, slot: MemoryLayer) -> np.ndarray:
-    """How many tokens back-to-back end at each token of the chunk, up to the highest order: int64 [B, T]."""
-    scheme = slot.scheme
-    ids_BS = window.ids_BS.cpu()
-    open_BS = (ids_BS >= 0).numpy()
-    stop_BS = (
-        np.isin(ids_BS.numpy(), scheme.eos_ids)
-        if scheme.profile.id_space == "raw"
-        else np.zeros_like(open_BS)
-    )
-    if window.starts_BT is not None:
-        start_BS = window.starts_BT.cpu().numpy()
-    else:
-        start_BS = np.zeros_like(open_BS)
-    seen_BS = np.zeros(open_BS.shape, dtype=np.int64)
-    for s in range(open_BS.shape[1]):
-        before = seen_BS[:, s - 1] * ~stop_BS[:, s - 1] if s else 0
-        seen_BS[:, s] = np.where(open_BS[:, s], 1 + np.where(start_BS[:, s], 0, before), 0)
-    seen_BS = np.minimum(seen_BS, scheme.max_order)
-    return window.chunk_of(torch.from_numpy(seen_BS)).numpy()
-
-
 @contextlib.contextmanager
 def recording(runtime: MemoryRuntime) -> Iterator[list[LayerTrace]]:
     """Collect a LayerTrace of every slot of every forward inside the block."""
@@ -312,3 +208,24 @@ def recording(runtime: MemoryRuntime) -> Iterator[list[LayerTrace]]:
         yield runtime.sink
     finally:
         runtime.sink = before
+
+
+RUNTIME = "engram_runtime"  # the attribute of the decoder that holds it
+
+
+def runtime_of(model: nn.Module) -> MemoryRuntime:
+    """The runtime of a model with memory; ModelError for one without."""
+    for module in model.modules():
+        if RUNTIME in module.__dict__:
+            return module.__dict__[RUNTIME]
+    raise ModelError("The model has no memory; attach one first.")
+
+
+def tokenizer_of(model: nn.Module) -> Any:
+    """The tokenizer that a model's memory was attached with."""
+    return runtime_of(model).tokenizer
+
+
+def base_of(model: nn.Module) -> BaseRef:
+    """Which base a model's memory was attached to."""
+    return runtime_of(model).base

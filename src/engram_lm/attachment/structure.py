@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from engram_lm.errors import ModelError
 from engram_lm.kvcache import cache_name
+from engram_lm.memory.build import ModelShape
 
 
 class Decoder(NamedTuple):
@@ -24,6 +25,11 @@ class Decoder(NamedTuple):
     branches: int
     eps: float
     vocab_size: int
+
+    @property
+    def shape(self) -> ModelShape:
+        """The numbers of it that a memory is built from."""
+        return ModelShape(len(self.blocks), self.hidden_size, self.branches, self.eps, self.vocab_size)
 
 
 def find_decoder(model: nn.Module) -> Decoder:

@@ -74,7 +74,7 @@ class EvaluatedModel:
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         # None: to be found out. A control may read by what the forward begins with; then a prefix is no forward of its own
         self.caches: bool | None
-        self.caches = False if any(memory.reading for memory in found.values()) else None
+        self.caches = False if any(memory.intervention for memory in found.values()) else None
 
     @classmethod
     def load(cls, name: str | Path, *, device: str | None = None, seed: int = 0) -> EvaluatedModel:

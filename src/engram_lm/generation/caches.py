@@ -60,7 +60,7 @@ def take(cache: Any, rows: Sequence[int], *, cut: int = 0) -> Any:
 def _joined(layers: Sequence[Any], pads: Sequence[int]) -> Any:
     first = layers[0]
     if isinstance(first, MemoryState):
-        return MemoryState.join(layers, pads)
+        return type(first).join(layers, pads)
     made = copy.copy(first)
     if type(first) in _KEYS and first.is_initialized:
         # a window's layer keeps its last places alone, so that padding may fall out of it

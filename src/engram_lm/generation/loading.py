@@ -45,10 +45,10 @@ def load_with_memory(directory: Path, **placement: Any) -> tuple[Any, Any]:
     """
     require_memory(directory)
     try:
-        from engram_lm.attachment import _runtime, from_pretrained
+        from engram_lm.attachment import from_pretrained, tokenizer_of
         from engram_lm.bases.base import quiet_libraries
     except ImportError as error:
         raise missing(f"A model with memory needs torch and transformers ({error})", "hf") from error
     with quiet_libraries():
         model = from_pretrained(directory, **placement)
-    return model, _runtime(model).tokenizer
+    return model, tokenizer_of(model)

@@ -1,8 +1,7 @@
-"""Decoding state of memory: the ids and conv inputs that came before, as one more layer of the model's own cache.
+"""Decoding state of memory: the ids and conv inputs that came before, and the window of them that one forward sees.
 
-Every operation of a transformers cache (reorder, crop, repeat, select, reset, deepcopy) loops over `cache.layers`, so a
-state that is one of those layers follows wherever the keys and values go. It holds, for every past token, the raw token
-id and, for every memory layer with a short conv, the normalised gated value that the conv reads.
+A state holds, for every past token, the raw token id and, for every memory layer with a short conv, the normalised gated
+value that the conv reads.
 
 A *window* is what one forward sees: the tail of the past, then the new tokens. Padding is not a token: it is skipped, as
 attention skips it, wherever it stands (left, right, or in the middle once a right-padded prompt goes on). Where padding
@@ -22,18 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, DummyLayer, StaticCache
 
 from engram_lm.errors import StateError
 
 ABSENT = -1
 
 
-class MemoryState(DummyLayer):
+class MemoryState:
     """Past ids [B, N] and conv inputs {key: [B, N, C]}; N grows, or is `keep` for static caches."""
 
     def __init__(self, *, keep: int, fixed: bool, memories: tuple[str, ...] = ()) -> None:
-        super().__init__()
         self.keep, self.fixed = keep, fixed
         # names of the memories that computed the prefix
         self.memories = memories
@@ -66,7 +63,7 @@ class MemoryState(DummyLayer):
             self.ids = change(self.ids)
         self.conv_inputs = {key: change(value) for key, value in self.conv_inputs.items()}
 
-    # ---- what transformers' Cache calls on every layer ----------------------------------------------------------
+    # ---- rows and tokens that move: the operations of a transformers cache ----------------------------------------------
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.fixed:
@@ -279,46 +276,3 @@ def _take_tail(past_BNC: Tensor, index_BN: Tensor | None, n_tail: int) -> Tensor
 def _mark_static(tensor: Tensor) -> None:
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)
-
-
-def state_of(cache: Cache, *, n_layers: int, keep: int, memories: tuple[str, ...] = ()) -> MemoryState:
-    """The memory state of `cache`, appended on first use. StateError when its prefix was computed without the memories."""
-    found = find_state(cache)
-    if found is None:
-        if not torch.compiler.is_compiling() and int(cache.get_seq_length()) > 0:
-            raise StateError(
-                "This cache was filled without the memory, so the state of its prefix is missing. Start from an empty cache."
-            )
-        # a lazily grown DynamicCache() would otherwise take our layer for the model's first
-        while cache.layer_class_to_replicate is not None and len(cache.layers) < n_layers:
-            cache.layers.append(cache.layer_class_to_replicate())
-        found = MemoryState(keep=keep, fixed=isinstance(cache, StaticCache), memories=memories)
-        cache.layers.append(found)
-    if not torch.compiler.is_compiling() and int(found.seen) != int(cache.get_seq_length()):
-        raise StateError(
-            f"The cache holds {int(cache.get_seq_length())} tokens but its memory state {int(found.seen)}: some of them were "
-            "computed with the memory off, or by another model. Start from an empty cache."
-        )
-    if found.cropped and not cache.is_croppable:
-        raise StateError(
-            "This cache was cropped, but it holds recurrent states of the model's linear-attention layers, which cannot be "
-            "taken back. Start from an empty cache, or from a copy made before."
-        )
-    if found.memories != memories:
-        if torch.compiler.is_compiling() or int(found.seen):
-            raise StateError(
-                f"The cache was filled with memories {', '.join(found.memories)}; this forward runs {', '.join(memories)}. "
-                "Start from an empty cache."
-            )
-        # nothing is remembered yet: begin again for the memories that run now
-        fresh = MemoryState(keep=keep, fixed=found.fixed, memories=memories)
-        cache.layers[cache.layers.index(found)] = fresh
-        return fresh
-    return found
-
-
-def find_state(cache: Any) -> MemoryState | None:
-    for layer in reversed(getattr(cache, "layers", ())):
-        if isinstance(layer, MemoryState):
-            return layer
-    return None

@@ -156,9 +156,9 @@ class ServedModel:
     @cached_property
     def title(self) -> str:
         """What a person would call the model: its base, where that is known, and never a path."""
-        from engram_lm.attachment import _runtime
+        from engram_lm.attachment import base_of
 
-        base = _runtime(self.model).base.name if self.has_tables else self.name
+        base = base_of(self.model).name if self.has_tables else self.name
         return _TITLES.get(base, Path(base).name or base)
 
     @cached_property

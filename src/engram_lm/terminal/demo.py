@@ -31,8 +31,8 @@ def demo_command(*, memory: Path | None, max_new_tokens: int, color: ColourWish)
     clock = _Clock()
     try:
         from engram_lm.attachment import from_pretrained, memories
-        from engram_lm.attachment.files import read_manifest
         from engram_lm.bases.base import load_base, quiet_libraries
+        from engram_lm.memory.manifest import read_manifest
     except ImportError as error:
         raise missing(f"The demo needs torch and transformers ({error})", "hf") from error
     clock.say("torch and transformers are loaded")
@@ -121,9 +121,9 @@ def _one_token(model: Any, tokenizer: Any, text: str) -> None:
 
 
 def _tokenizer(model: Any) -> Any:
-    from engram_lm.attachment import _runtime
+    from engram_lm.attachment import tokenizer_of
 
-    return _runtime(model).tokenizer
+    return tokenizer_of(model)
 
 
 class _Clock:

@@ -28,9 +28,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from engram_lm.attachment import load_memory, memories, save_memory
-from engram_lm.attachment.files import read_manifest, require_own_adapter, require_own_base
+from engram_lm.attachment.loading import require_own_adapter, require_own_base
 from engram_lm.durable import sync_path, write_atomic
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError, ModelError, RowUpdateError
+from engram_lm.memory.manifest import read_manifest
 
 WHOLE = "whole.json"
 
@@ -154,7 +155,7 @@ def last_checkpoint(directory: str | os.PathLike) -> Path | None:
 
 def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> None:
     """Fill model, rows and row state from a checkpoint of MemoryTrainer. Nothing changes unless it fits."""
-    from engram_lm.attachment import _runtime
+    from engram_lm.attachment import base_of
 
     directory = Path(directory)
     manifest = read_manifest(directory)
@@ -162,7 +163,7 @@ def load_checkpoint(model: nn.Module, directory: str | os.PathLike) -> None:
         raise CheckpointError(
             f"{directory} was not written to its end, or by another Trainer: {WHOLE} is missing. Go on from an earlier one."
         )
-    ref = _runtime(model).base
+    ref = base_of(model)
     if manifest["base"]["sha256"] != ref.sha256:
         raise IdentityError(
             f"{directory} belongs to the base {manifest['base']['name']!r} with weights {manifest['base']['sha256'][:12]}; "

@@ -19,14 +19,12 @@ rows of different runs are told apart where their numbers of updates are equal. 
 read without this check.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -37,20 +35,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engram_lm import durable
-from engram_lm.addressing import Identity
-from engram_lm.attachment.card import card
-from engram_lm.attachment.memory import RUN
-from engram_lm.attachment.placement import Tier
-from engram_lm.attachment.rows import find_rows, packed_name, read_tensors
-from engram_lm.bases.base import load_base, quiet_libraries
-from engram_lm.config import MemoryConfig
-from engram_lm.errors import CheckpointError, EngramError
-from engram_lm.identity import BaseRef, fingerprint_of, require_base
+from engram_lm.attachment.runtime import runtime_of
+from engram_lm.bases.base import quiet_libraries
+from engram_lm.errors import CheckpointError
+from engram_lm.identity import BaseRef, fingerprint_of
+from engram_lm.memory.card import card
+from engram_lm.memory.layer import RUN
+from engram_lm.memory.manifest import FORMAT, MANIFEST, VERSION, config_hash
+from engram_lm.memory.rows import packed_name
 from engram_lm.tables import LoggedTable
-from engram_lm.vocab import TokenMap
-
-FORMAT, VERSION = "engram-lm memory", 1
-MANIFEST = "memory.json"
 
 BaseFiles = Literal["auto", "always", "never"]
 
@@ -72,9 +65,7 @@ def save_memory(
         row_dtype: store rows as bfloat16 or float16 (they load into the config's row_dtype); default as they are.
         row_state: also write the row optimizers' state, for training to go on.
     """
-    from engram_lm.attachment import _runtime
-
-    runtime = _runtime(model)
+    runtime = runtime_of(model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for left in directory.glob(".*.*"):
@@ -157,7 +148,7 @@ def save_memory(
             waiting.append((beside, directory / f"tokens-{memory.name}.bin"))
             memory.token_map.save(beside)
             entries.append({"config": memory.config.to_json(), "tables": tables})
-        put("memory.safetensors", parameters, config=_config_hash(entries), run=json.dumps(runs))
+        put("memory.safetensors", parameters, config=config_hash(entries), run=json.dumps(runs))
         kept = _save_base(model, staged, runtime.base, base_files)
         tokenizer = tokenizer if tokenizer is not None else runtime.tokenizer
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
@@ -171,7 +162,7 @@ def save_memory(
             "base": asdict(runtime.base),
             "base_files": kept,
             "base_files_sha256": fingerprint_of(model) if kept == "base" else None,
-            "adapter_sha256": _adapter_hash(staged) if kept == "adapter" else None,
+            "adapter_sha256": adapter_hash(staged) if kept == "adapter" else None,
             "memories": entries,
         }
         beside = directory / f".{MANIFEST}.{save_id}"
@@ -197,128 +188,6 @@ def save_memory(
     return directory
 
 
-def from_pretrained(
-    directory: str | os.PathLike,
-    *,
-    base: nn.Module | None = None,
-    dtype: torch.dtype | None = None,
-    tier: Tier = "device",
-    cache_bytes: int | None = None,
-) -> nn.Module:
-    """The model with its memory, in eval mode.
-
-    Args:
-        base: the base model, when it is already in memory; otherwise it is loaded by the name in memory.json.
-        dtype: of the base and the memory's parameters; rows keep the config's row_dtype.
-        tier: "device" (trainable), or read only from "host" memory, from "disk" where the files lie, or "cached": from disk
-            with hot rows in at most `cache_bytes` of memory a table. The answers are the same.
-
-    Raises: CheckpointError for files that are missing, mixed or cut short, IdentityError for another base or addresses.
-    """
-    from engram_lm.attachment import attach
-
-    directory = Path(directory)
-    with _damage_named(directory):
-        base = _with_memories(directory, base, dtype, attach)
-        _load_memory(base, directory, row_state=False, tier=tier, cache_bytes=cache_bytes)
-    return base.eval()
-
-
-def _with_memories(
-    directory: Path, base: nn.Module | None, dtype: torch.dtype | None, attach: Any
-) -> nn.Module:
-    """The base with the memories of memory.json, new."""
-    manifest = read_manifest(directory)
-    ref = BaseRef(**manifest["base"])
-    kept = manifest["base_files"]
-    if base is None and kept == "base":
-        base = _base_beside(directory, dtype)
-        require_own_base(directory, manifest, base, dtype=dtype)
-    elif base is None:
-        base = load_base(ref.name, dtype=dtype, report=lambda line: None).model
-    if kept != "base":
-        require_base(base, ref=ref)
-    if kept == "adapter":
-        from peft import PeftModel
-
-        require_own_adapter(directory, manifest)
-        with quiet_libraries():
-            base = PeftModel.from_pretrained(base, str(directory / "adapter"))
-    tokenizer = _tokenizer(directory)
-    for entry in manifest["memories"]:
-        config = MemoryConfig.from_json(entry["config"])
-        token_map = TokenMap.load(directory / f"tokens-{config.name}.bin")
-        token_map.require_tokenizer(tokenizer, where=str(directory))
-        attach(base, tokenizer, config, token_map=token_map, base=ref)
-    return base
-
-
-def load_memory(model: nn.Module, directory: str | os.PathLike, *, row_state: bool = False) -> None:
-    """Fill the memories already on `model` from `directory`. Nothing changes unless everything fits.
-
-    row_state: also restore the row optimizers' state, as a checkpoint that training goes on from needs.
-    """
-    directory = Path(directory)
-    with _damage_named(directory):
-        _load_memory(model, directory, row_state=row_state)
-
-
-def _load_memory(
-    model: nn.Module,
-    directory: Path,
-    *,
-    row_state: bool,
-    tier: Tier = "device",
-    cache_bytes: int | None = None,
-) -> None:
-    from engram_lm.attachment import _runtime
-
-    runtime = _runtime(model)
-    manifest = read_manifest(directory)
-    saved = {entry["config"]["name"]: entry for entry in manifest["memories"]}
-    if set(saved) != set(runtime.memories):
-        raise CheckpointError(
-            f"{directory} holds the memories {sorted(saved)}; the model has {sorted(runtime.memories)}."
-        )
-    parameters = read_tensors(
-        directory / "memory.safetensors",
-        manifest["save_id"],
-        run=_runs_in(manifest),
-        config=_config_hash(manifest["memories"]),
-    )
-    fill = []
-    for name, memory in runtime.memories.items():
-        for index, (slot, entry) in enumerate(zip(memory.slots, saved[name]["tables"], strict=True)):
-            where = f"{directory} (memory {name!r}, block {entry['block']})"
-            Identity(entry["identity_facts"]).require_equal(
-                slot.scheme.identity, where=where, is_tokenizer=memory.token_map.is_of
-            )
-            rows = find_rows(
-                directory, f"{name}-{entry['block']}", entry, slot, save_id=manifest["save_id"], tier=tier,
-                cache_bytes=cache_bytes, row_state=row_state,
-            )  # fmt: skip
-            if rows.shape != (slot.table.n_rows, slot.table.width):
-                raise CheckpointError(
-                    f"{where}: the rows are {rows.shape}; the model's table is "
-                    f"{(slot.table.n_rows, slot.table.width)}. Attach with the same rows_per_head and head_width."
-                )
-            prefix = f"{name}.{index}."
-            weights = {k.removeprefix(prefix): v for k, v in parameters.items() if k.startswith(prefix)}
-            wanted = {k: v for k, v in slot.state_dict().items() if k != RUN}
-            if set(weights) != set(wanted) or any(weights[k].shape != wanted[k].shape for k in wanted):
-                raise CheckpointError(f"{where}: memory.safetensors does not hold this layer's parameters.")
-            updates = int(entry["updates"])
-            if float(weights["handle"]) != float(torch.tensor(float(updates)).to(weights["handle"].dtype)):
-                raise CheckpointError(
-                    f"{where}: the weights carry {float(weights['handle']):.0f} row updates, {MANIFEST} says {updates}."
-                )
-            fill.append((slot, weights, rows, updates, int(entry.get("run", 0))))
-    for slot, weights, rows, updates, run in fill:
-        rows.put(slot, model)
-        slot.load_state_dict(weights)
-        slot.table.gradients.set_updates(updates, run=run)
-
-
 def save_pretrained(model: nn.Module, save_directory: str | os.PathLike, **options: Any) -> None:
     """What `model.save_pretrained` does while memory is attached: `save_memory`, the base's files included when trained.
 
@@ -332,46 +201,13 @@ def save_pretrained(model: nn.Module, save_directory: str | os.PathLike, **optio
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """memory.json, checked. CheckpointError when there is none, or it is of another format or a later version."""
-    path = directory / MANIFEST
-    if not path.exists():
-        raise CheckpointError(f"{directory} holds no memory: {MANIFEST} is missing.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf8"))
-        form, version = manifest["format"], manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}.") from None
-    if form != FORMAT or version != VERSION:
-        raise CheckpointError(
-            f"{path} has format {form!r} version {version}; this build reads {FORMAT!r} version {VERSION}."
-        )
-    return manifest
-
-
-def require_own_base(
-    directory: Path, manifest: dict[str, Any], base: nn.Module, *, dtype: torch.dtype | None
-) -> None:
-    """CheckpointError unless `base`, read from base/ in `dtype`, is of memory.json's save. Older ones do not say."""
-    wanted = manifest.get("base_files_sha256")
-    # float16 rounds what the fingerprint reads
-    if dtype != torch.float16 and wanted not in (None, fingerprint_of(base)):
-        raise _other_save(directory / "base")
-
-
-def require_own_adapter(directory: Path, manifest: dict[str, Any]) -> None:
-    """CheckpointError unless adapter/ is of the save that memory.json is of. Older ones do not say."""
-    if manifest.get("adapter_sha256") not in (None, _adapter_hash(directory)):
-        raise _other_save(directory / "adapter")
-
-
-def _other_save(path: Path) -> CheckpointError:
+def other_save(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} belongs to another save than {MANIFEST}; copy the directory again, whole."
     )
 
 
-def _adapter_hash(directory: Path) -> str:
+def adapter_hash(directory: Path) -> str:
     """sha256 of a LoRA adapter's weights."""
     path = directory / "adapter" / "adapter_model.safetensors"
     try:
@@ -379,35 +215,6 @@ def _adapter_hash(directory: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from None
-
-
-def _runs_in(manifest: dict[str, Any]) -> dict[str, int] | None:
-    """The number of the training run of every layer, as memory.safetensors names layers; None in older memories."""
-    tables = {
-        f"{entry['config']['name']}.{index}": table.get("run")
-        for entry in manifest["memories"]
-        for index, table in enumerate(entry["tables"])
-    }
-    return None if None in tables.values() else tables
-
-
-def _config_hash(entries: list[dict[str, Any]]) -> str:
-    """sha256 of what the weights mean: a gate or a dilation edited in memory.json would load and answer wrongly."""
-    configs = json.dumps([entry["config"] for entry in entries], sort_keys=True)
-    return hashlib.sha256(configs.encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _damage_named(directory: Path) -> Iterator[None]:
-    """A memory.json that was edited or cut short fails in many ways; all of them are one error."""
-    try:
-        yield
-    except EngramError:
-        raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CheckpointError(
-            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error}); copy the directory again, whole."
-        ) from error
 
 
 def _remove(path: Path) -> None:
@@ -437,24 +244,3 @@ def _save_base(model: nn.Module, directory: Path, ref: BaseRef, base_files: Base
             type(model).save_pretrained(model, directory / "base", state_dict=state)
         return "base"
     return None
-
-
-def _base_beside(directory: Path, dtype: torch.dtype | None) -> nn.Module:
-    """The base that was saved with the memory; its tokenizer is the memory's."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet_libraries():
-            return AutoModelForCausalLM.from_pretrained(directory / "base", dtype=dtype or "auto")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{directory / 'base'} cannot be read: {first}") from None
-
-
-def _tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError):
-        raise CheckpointError(f"{directory} holds no tokenizer; it belongs to the memory.") from None

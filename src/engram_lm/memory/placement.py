@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from engram_lm.attachment.memory import Memory, MemoryLayer
 from engram_lm.errors import CheckpointError, ConfigError, IdentityError
+from engram_lm.memory.layer import MemoryLayer
 from engram_lm.storage.cached import CachedStore
 from engram_lm.storage.disk import DiskStore
 from engram_lm.storage.layout import Layout
@@ -39,27 +39,6 @@ def store_on(
     raise ConfigError(f"Files are read from the tiers host, disk and cached; got {tier!r}.")
 
 
-def use_table(model: nn.Module, block: int, table: Any, *, memory: str = "memory") -> nn.Module:
-    """Let the memory before `block` read `table`. Other sizes, or a file of another identity, are refused.
-
-    table: a ReadOnlyTable over a file, a DeviceTable, or anything that keeps `engram_lm.tables.Table`.
-    """
-    from engram_lm.attachment import _runtime
-
-    runtime = _runtime(model)
-    if memory not in runtime.memories:
-        raise ConfigError(f"The model has no memory named {memory!r}; it has {', '.join(runtime.memories)}.")
-    found: Memory = runtime.memories[memory]
-    slot = next((slot for slot in found.slots if slot.block == block), None)
-    if slot is None:
-        raise ConfigError(
-            f"{memory!r} has no table at block {block}; it has {[s.block for s in found.slots]}."
-        )
-    _require_fit(slot, table, found.token_map)
-    put_table(slot, table, model=model)
-    return model
-
-
 def put_table(slot: MemoryLayer, table: Any, *, model: nn.Module) -> None:
     """Exchange a slot's table and handle."""
     old = slot.handle
@@ -79,7 +58,7 @@ def open_rows(
     return ReadOnlyTable(store_on(tier, open_packed(Path(path)), **options), dtype=dtype)
 
 
-def _require_fit(slot: MemoryLayer, table: Any, token_map: TokenMap) -> None:
+def require_fit(slot: MemoryLayer, table: Any, token_map: TokenMap) -> None:
     if (table.n_rows, table.width) != (slot.table.n_rows, slot.table.width):
         raise CheckpointError(
             f"Block {slot.block} reads {slot.table.n_rows:,} rows of {slot.table.width} numbers; the table has "

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engram_lm.attachment.reading import Intervention, OneRow
+from engram_lm.memory.interventions import Intervention, OneRow
 
 if TYPE_CHECKING:
-    from engram_lm.attachment.memory import Memory, MemoryLayer
+    from engram_lm.memory.layer import MemoryLayer
+    from engram_lm.memory.memory import Memory
 
 # Standard deviation of frozen rows: what trained rows have (0.07 and 0.09 in the demo's memory).
 FROZEN_STD = 0.08
@@ -59,9 +60,9 @@ def put_control(memory: "Memory") -> None:
     """Make a new memory the control that its config names; nothing for None. Uses torch's seed for random rows."""
     control = memory.config.control
     if control == "one-row":
-        memory.reading = OneRow()
+        memory.intervention = OneRow()
     elif control == "shuffled":
-        memory.reading = DealtRows()
+        memory.intervention = DealtRows()
     elif control == "frozen-random":
         for slot in memory.slots:
             # a generator of its own: what is drawn next is what every other arm draws
@@ -77,6 +78,6 @@ def put_control(memory: "Memory") -> None:
         memory.enabled = control == "bias"
 
 
-def add_bias(slot: "MemoryLayer", hidden: Tensor) -> Tensor:
-    """hidden [B, T, D], [B, T, M, D] or [B, T, M*D] plus the slot's vector, float [M, D]."""
-    return hidden + slot.bias.to(hidden.dtype).view(hidden.shape[2:])
+def bias_of(slot: "MemoryLayer", hidden: Tensor) -> Tensor:
+    """The layer's vector, float [M, D], for every token of hidden [B, T, D], [B, T, M, D] or [B, T, M*D]."""
+    return slot.bias.to(hidden.dtype).view(hidden.shape[2:]).expand(hidden.shape)

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from engram_lm.attachment.memory import MemoryLayer
-from engram_lm.attachment.placement import Tier, put_table, store_on
 from engram_lm.errors import CheckpointError, IdentityError
+from engram_lm.memory.layer import MemoryLayer
+from engram_lm.memory.placement import Tier, put_table, store_on
 from engram_lm.storage import HostStore
 from engram_lm.storage.format import SUFFIX, open_packed, read_header
 from engram_lm.storage.saved import rows_layout

@@ -13,15 +13,13 @@ the layers changes; a memory that is off reads nothing. OtherRows and NoiseRows 
 torch.compile.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from engram_lm.attachment.memory import MemoryLayer
+    from engram_lm.memory.layer import MemoryLayer
 
 # Directions that NoiseRows draws from; a prime, so that any step below it visits all.
 _DIRECTIONS = 8191
@@ -102,17 +100,6 @@ class _Both(Intervention):
         return self.second.rows(slot, address_BTC, self.first.rows(slot, address_BTC, rows_BTCW))
 
 
-@contextlib.contextmanager
-def reading(model: nn.Module, change: Intervention, *names: str) -> Iterator[None]:
-    """Let the named memories (default: all) read through `change` inside the block, after what changes them already."""
-    from engram_lm.attachment import chosen_memories
-
-    chosen = chosen_memories(model, names)
-    before = [memory.reading for memory in chosen]
-    for memory in chosen:
-        memory.reading = change if memory.reading is None else _Both(memory.reading, change)
-    try:
-        yield
-    finally:
-        for memory, was in zip(chosen, before, strict=True):
-            memory.reading = was
+def stacked(first: Intervention | None, second: Intervention) -> Intervention:
+    """Both, the second after the first."""
+    return second if first is None else _Both(first, second)
