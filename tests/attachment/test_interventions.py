@@ -96,12 +96,14 @@ def test_noise_is_as_long_as_the_row_and_the_same_for_an_address(loud):
     slot = slot_of(loud)
     address = torch.tensor([[[5, 9], [5, 700]]])
     rows = slot.table.gather(address)
-    noise = NoiseRows(seed=2).rows(slot, address, rows)
+    noise = NoiseRows(seed=2).rows(slot, address, rows, None)
     torch.testing.assert_close(noise.norm(dim=-1), rows.norm(dim=-1))
     assert torch.equal(noise[0, 0, 0], noise[0, 1, 0])
     cosine = torch.cosine_similarity(noise, rows, dim=-1)
     assert bool((cosine.abs() < 0.999).all())
-    assert torch.equal(NoiseRows(seed=2).rows(slot, address, torch.zeros_like(rows)), torch.zeros_like(rows))
+    assert torch.equal(
+        NoiseRows(seed=2).rows(slot, address, torch.zeros_like(rows), None), torch.zeros_like(rows)
+    )
 
 
 def test_gradients_go_to_the_rows_that_were_read():

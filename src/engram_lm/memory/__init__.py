@@ -5,6 +5,7 @@
     hidden = hidden + memory.slots[0](hidden, call).delta                         # layer.py
 
     interventions.py   what is read in place of a memory's own rows; controls.py: memories that lack something
+    overlay.py         changed rows over any table, for a request or for some sequences of a batch
     placement.py       which tier rows lie on; rows.py: the rows inside a saved memory; manifest.py, card.py: its files
     record.py          what a layer did, as plain numbers
 

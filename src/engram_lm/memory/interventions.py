@@ -20,6 +20,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from engram_lm.memory.layer import MemoryLayer
+    from engram_lm.memory.memory import MemoryCall
 
 # Directions that NoiseRows draws from; a prime, so that any step below it visits all.
 _DIRECTIONS = 8191
@@ -32,8 +33,8 @@ class Intervention:
         """int64 [B, T, C] in the place of `address_BTC`, once a slot and forward."""
         return address_BTC
 
-    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
-        """Rows [B, T, C, W] in the place of those at `address_BTC`."""
+    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor, call: "MemoryCall") -> Tensor:
+        """Rows [B, T, C, W] in the place of those at `address_BTC`, in one forward."""
         return rows_BTCW
 
 
@@ -76,7 +77,7 @@ class NoiseRows(Intervention):
         self.seed = seed
         self._directions: dict[Any, Tensor] = {}
 
-    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
+    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor, call: "MemoryCall") -> Tensor:
         width, device = rows_BTCW.shape[-1], rows_BTCW.device
         if (width, device) not in self._directions:
             generator = torch.Generator().manual_seed(self.seed)
@@ -96,8 +97,8 @@ class _Both(Intervention):
     def addresses(self, slot: "MemoryLayer", address_BTC: Tensor) -> Tensor:
         return self.second.addresses(slot, self.first.addresses(slot, address_BTC))
 
-    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor) -> Tensor:
-        return self.second.rows(slot, address_BTC, self.first.rows(slot, address_BTC, rows_BTCW))
+    def rows(self, slot: "MemoryLayer", address_BTC: Tensor, rows_BTCW: Tensor, call: "MemoryCall") -> Tensor:
+        return self.second.rows(slot, address_BTC, self.first.rows(slot, address_BTC, rows_BTCW, call), call)
 
 
 def stacked(first: Intervention | None, second: Intervention) -> Intervention:

@@ -59,7 +59,7 @@ class MemoryLayer(EngramLayer):
         rows_BTCW = self.table.read(address_BTC, self.handle, call.tickets[self.block])
         rows_BTCW = on_device(rows_BTCW, hidden.device)
         if memory.intervention is not None:
-            rows_BTCW = memory.intervention.rows(self, address_BTC, rows_BTCW)
+            rows_BTCW = memory.intervention.rows(self, address_BTC, rows_BTCW, call)
         output = super().forward(hidden, rows_BTCW.flatten(2), call.window, key=(memory.name, self.block))
         if call.sink is not None and not compiling:
             call.sink.append(record(memory, self, hidden, address_BTC, rows_BTCW, output, call.window))
