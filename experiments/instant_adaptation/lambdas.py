@@ -13,7 +13,8 @@ import numpy as np
 from gate_texts import documents
 from perplexity import Perplexity
 
-from engram_lm.adapt.arms import Arms, log_p_of
+from engram_lm.adapt.arms import Arms
+from engram_lm.mixing.scoring import log_p_of
 
 TRAINING, ARTICLES = "corpora/enwiki2014-train-00.jsonl.xz", 12_000
 

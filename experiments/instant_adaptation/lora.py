@@ -14,13 +14,14 @@ import torch
 from facts import WORDINGS, read_facts, texts_of
 from perplexity import Perplexity
 
-from engram_lm.adapt.arms import Arms, ModelReader, log_p_of
+from engram_lm.adapt.arms import Arms, TimedReader
 from engram_lm.adapt.kept import ResultRows
 from engram_lm.adapt.report import perplexities
 from engram_lm.bases.base import load_base, quiet_libraries
 from engram_lm.eval.intervals import mean_interval
 from engram_lm.index.segment import Document, Segment
 from engram_lm.index.snapshot import LiveSegment, Snapshot
+from engram_lm.mixing.scoring import log_p_of
 
 EXCERPTS, EPOCHS, LENGTH, RATE = 10, 4, 256, 1e-3
 EQUAL = "equal data"
@@ -42,7 +43,10 @@ def measure_lora(setting: Any, windows: int, most: int | None = None) -> dict[st
     memory = Snapshot([LiveSegment(segment)], vocab_size=setting.encoder.vocab_size)
     end = setting.tokenizer.eos_token_id
     model, told = tuned(setting, np.concatenate([np.append(ids, end) for ids in documents.values()]))
-    read, arms = ModelReader(model), Arms(setting.read, setting.encoder, setting.rules, setting.gate)
+    read, arms = (
+        TimedReader(model, setting.tokenizer),
+        Arms(setting.read, setting.encoder, setting.rules, setting.gate),
+    )
     kept = ResultRows(setting.out / "lora", {"tokens": told["tokens"], "epochs": EPOCHS, "rate": RATE})
     others = [
         window

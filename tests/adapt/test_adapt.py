@@ -12,7 +12,7 @@ pytest.importorskip("bm25s")
 from engram_lm import cli  # noqa: E402
 from engram_lm.adapt import arms as arms_module  # noqa: E402
 from engram_lm.adapt.answers import Question, read_questions  # noqa: E402
-from engram_lm.adapt.arms import Arms, ModelReader  # noqa: E402
+from engram_lm.adapt.arms import Arms, TimedReader  # noqa: E402
 from engram_lm.adapt.kept import ResultRows  # noqa: E402
 from engram_lm.adapt.passages import Passages  # noqa: E402
 from engram_lm.adapt.report import perplexities  # noqa: E402
@@ -91,7 +91,7 @@ def test_arms_are_what_plain_computations_give(base):
     snapshot = memory_of(encoder, PAGES)
     rules = rules_of(tokenizer, model, snapshot)
     gate = FixedLambda(0.6)
-    arms = Arms(ModelReader(model), encoder, rules, gate, fixed=0.3)
+    arms = Arms(TimedReader(model, tokenizer), encoder, rules, gate, fixed=0.3)
     window = window_of(documents["page0.txt"], kind="indexed", id="page0.txt")
     passages = Passages(snapshot, documents, encoder)
     rows = {row["arm"]: row for row in arms.score(window, {"6": snapshot}, {"6": passages})}
@@ -123,7 +123,9 @@ def test_a_window_that_nothing_is_found_for_is_read_without_a_passage(base):
     encoder = TextEncoder.of(tokenizer)
     snapshot = memory_of(encoder, {"a": "xylophone"})
     window = Window(encoder.encode("Wholly other words stand here, one and all of them."), 10, "general", "g")
-    arms = Arms(ModelReader(model), encoder, rules_of(tokenizer, model, snapshot), FixedLambda(0.5))
+    arms = Arms(
+        TimedReader(model, tokenizer), encoder, rules_of(tokenizer, model, snapshot), FixedLambda(0.5)
+    )
     passages = Passages(snapshot, {"a": encoder.encode("xylophone")}, encoder)
     rows = {row["arm"]: row for row in arms.score(window, {}, {"1": passages})}
     assert rows["retrieval"]["log_p"] == rows["alone"]["log_p"]
@@ -172,7 +174,7 @@ def test_the_command_reports_and_goes_on_where_it_stopped(base, folder, tmp_path
     asked.write_text('{"question": "What is the dog of the office called?", "answer": "Orlando"}\n')
     command = ["adapt", str(base[0]), str(folder), "--out", str(out), "--lam", "0.6"]
     command += ["--general", str(general), "--questions", str(asked)]
-    read = ModelReader.__call__
+    read = TimedReader.__call__
     reads = []
 
     def stops_after_seven(self, ids, last):
@@ -181,10 +183,10 @@ def test_the_command_reports_and_goes_on_where_it_stopped(base, folder, tmp_path
         reads.append(len(ids))
         return read(self, ids, last)
 
-    monkeypatch.setattr(arms_module.ModelReader, "__call__", stops_after_seven)
+    monkeypatch.setattr(arms_module.TimedReader, "__call__", stops_after_seven)
     assert cli.run(command) == cli.INTERRUPTED
     capsys.readouterr()
-    monkeypatch.setattr(arms_module.ModelReader, "__call__", lambda *call: reads.append(0) or read(*call))
+    monkeypatch.setattr(arms_module.TimedReader, "__call__", lambda *call: reads.append(0) or read(*call))
     assert cli.run(command) == 0
     told = capsys.readouterr().out
     # 6 pages and a general text, each alone and with a passage; what was whole is not read again

@@ -13,7 +13,8 @@ import models  # noqa: E402
 from engram_lm.errors import ConfigError, DataError  # noqa: E402
 from engram_lm.eval import canaries as module  # noqa: E402
 from engram_lm.eval.canaries import Canary, documents, exposure, exposures, make, read, write  # noqa: E402
-from engram_lm.eval.evaluated_model import EvaluatedModel, Said  # noqa: E402
+from engram_lm.eval.evaluated_model import EvaluatedModel  # noqa: E402
+from engram_lm.reader import ContinuationScore  # noqa: E402
 
 
 def test_canaries_come_from_a_seed_and_no_name_twice():
@@ -84,7 +85,7 @@ class Knowing:
         for continuation in continuations:
             secret = bytes(continuation).decode()
             best = self.known.get(bytes(prompt).decode()) == secret
-            found.append(Said(0.0 if best else -1 - int(secret) / 10 ** len(secret), best))
+            found.append(ContinuationScore(0.0 if best else -1 - int(secret) / 10 ** len(secret), best))
         return found
 
 
@@ -104,7 +105,7 @@ def test_exposure_is_the_cap_for_a_known_secret_and_follows_the_rank():
 def test_a_tie_counts_against_the_secret():
     class Same(Knowing):
         def continuations(self, prompt, continuations):
-            return [Said(-1.0, False)] * len(continuations)
+            return [ContinuationScore(-1.0, False)] * len(continuations)
 
     canary = Canary(name="A", prefix="A is", secret="777", repeats=1)
     assert exposures(Same({}), [canary], references=7).tolist() == [0.0]
@@ -121,7 +122,10 @@ def test_secrets_that_change_the_prefixs_ids_are_compared_as_whole_texts():
 
         def continuations(self, prompt, continuations):
             end = -9.0 if len(prompt) < len("A is") else 0.0
-            return [Said(end - (9 - int(bytes(c).decode().split()[-1])) / 10, False) for c in continuations]
+            return [
+                ContinuationScore(end - (9 - int(bytes(c).decode().split()[-1])) / 10, False)
+                for c in continuations
+            ]
 
         def log_probs(self, ids, *, since):
             return np.full(len(ids) - since, -3.0)

@@ -13,8 +13,9 @@ pytest.importorskip("transformers")
 import models  # noqa: E402
 from engram_lm.errors import ConfigError, DataError  # noqa: E402
 from engram_lm.eval.consistency import consistency, prompt_of, read_pararel  # noqa: E402
-from engram_lm.eval.evaluated_model import EvaluatedModel, Said  # noqa: E402
+from engram_lm.eval.evaluated_model import EvaluatedModel  # noqa: E402
 from engram_lm.eval.facts import CONSTANT, Fact, facts_measured, others_of, ranked, read_facts  # noqa: E402
+from engram_lm.reader import ContinuationScore  # noqa: E402
 
 CAPITALS = {"Algeria": "Algiers", "Angola": "Luanda", "Chad": "N'Djamena", "Peru": "Lima", "Gaul": "Lima"}
 
@@ -54,7 +55,8 @@ class Answering:
         best = self.says(self.now, bytes(prompt).decode())
         words = [bytes(c).decode() for c in continuations]
         return [
-            Said(0.0 if word == best else -1.0 - sorted(words).index(word), word == best) for word in words
+            ContinuationScore(0.0 if word == best else -1.0 - sorted(words).index(word), word == best)
+            for word in words
         ]
 
 
@@ -96,7 +98,7 @@ def test_facts_without_other_words_are_asked_verbatim_alone():
 def test_a_tie_is_no_first_place():
     class Same(Answering):
         def continuations(self, prompt, continuations):
-            return [Said(-1.0, False)] * len(continuations)
+            return [ContinuationScore(-1.0, False)] * len(continuations)
 
     measured = facts_measured(Same(None), facts(), states=("on",))
     assert measured.value("first among answers", of="verbatim").value == 0
@@ -238,7 +240,7 @@ def test_consistency_counts_pairs_of_wordings(pararel):
 def test_the_true_object_loses_a_tie(pararel):
     class Same(Answering):
         def continuations(self, prompt, continuations):
-            return [Said(-1.0, False)] * len(continuations)
+            return [ContinuationScore(-1.0, False)] * len(continuations)
 
     measured = consistency(Same(None), read_pararel(pararel), states=("on",))
     assert measured.value("right").value == 0

@@ -2,6 +2,7 @@
 
 import json
 import lzma
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,7 +94,7 @@ def test_a_token_that_begins_with_a_space_is_inside_by_its_letters():
             return self.Encoded
 
     class Fake:
-        start = np.array([9])
+        prompts = SimpleNamespace(start=[9])
 
         class encoder:
             backend = Backend()

@@ -149,7 +149,7 @@ def test_a_pair_is_cut_where_the_prompt_ends(bare):
 
 def test_what_the_tokenizer_begins_with_stands_first():
     tokenizer = byte_tokenizer()
-    assert len(EvaluatedModel(models.build("llama"), tokenizer).start) == 0
+    assert len(EvaluatedModel(models.build("llama"), tokenizer).prompts.start) == 0
 
     class Beginning:
         backend_tokenizer = tokenizer.backend_tokenizer

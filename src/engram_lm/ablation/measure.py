@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engram_lm.ablation.plan import HELD_OUT
 from engram_lm.corpus.blocks import Blocks, pack
 from engram_lm.corpus.tokenised import tokenise
 from engram_lm.errors import DataError
+from engram_lm.reader import token_losses
 from engram_lm.training.config import TrainConfig
 
 
@@ -59,9 +59,8 @@ def losses_of(model: nn.Module, blocks: Blocks) -> BlockLosses:
     for number in range(len(blocks)):
         item = {name: tensor[None].to(device) for name, tensor in blocks[number].items()}
         labels_T = item.pop("labels")[0, 1:]
-        logits_TV = model(**item, use_cache=False).logits[0, :-1].float()
-        losses_T = F.cross_entropy(logits_TV, labels_T, ignore_index=-100, reduction="none")
-        sums.append(float(losses_T.double().sum()))
+        logits_TV = model(**item, use_cache=False).logits[0, :-1]
+        sums.append(float(token_losses(logits_TV, labels_T).sum()))
         counts.append(int((labels_T != -100).sum()))
     model.train(was_training)
     return BlockLosses(sums, counts)

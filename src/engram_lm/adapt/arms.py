@@ -6,7 +6,7 @@
     retrieval   the passage that BM25 finds, before the window
     both        memory beside that passage
 
-    arms = Arms(ModelReader(model), encoder, rules, gate)
+    arms = Arms(TimedReader(model, tokenizer), encoder, rules, gate)
     rows = arms.score(window, {"10": snapshot_of_10, "all": snapshot}, {"all": passages})
 
 A row: arm, index (its size), window, kind, domain, tokens (scored), log_p and log_p_alone (sums, nats), mean_lambda,
@@ -15,7 +15,6 @@ prompt_tokens (read for the passage alone), model_seconds and memory_seconds (CP
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -26,7 +25,7 @@ from engram_lm.adapt.texts import Window
 from engram_lm.mixing.gate import FixedLambda, Lambda
 from engram_lm.mixing.lookups import Lookups, read_text
 from engram_lm.mixing.mix import TokenRules
-from engram_lm.mixing.scoring import score_text
+from engram_lm.mixing.scoring import log_p_of, score_text
 
 if TYPE_CHECKING:
     from engram_lm.adapt.passages import Passages
@@ -47,22 +46,20 @@ class Reader(Protocol):
         ...
 
 
-class ModelReader:
+class TimedReader:
     """A transformers model as a Reader."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        from engram_lm.reader import ModelReader
+
+        self.reader = ModelReader(model, tokenizer)
 
     def __call__(self, ids: np.ndarray, last: int) -> tuple[np.ndarray, float]:
         import torch
 
         begun = time.process_time()
         with torch.inference_mode():
-            device = next(self.model.parameters()).device
-            kept = {"logits_to_keep": last + 1} if self._keeps else {}
-            logits_BTV = self.model(torch.as_tensor(ids, device=device)[None], use_cache=False, **kept).logits
-        logits_TV = logits_BTV[0, -last - 1 : -1].float().cpu().numpy()
+            logits_TV = self.reader.logits(ids, last=last).float().cpu().numpy()
         return np.ascontiguousarray(logits_TV), time.process_time() - begun
 
 
@@ -120,12 +117,3 @@ class Arms:
         memory = Lookups(**{name: getattr(memory, name)[-n:] for name in Lookups.__dataclass_fields__})
         found = score_text(ids[-n:], logits_TV, memory, snapshot, gate, rules=self.rules)
         return found["log_p"], found["lam"], time.process_time() - begun
-
-
-def log_p_of(logits_TV: np.ndarray, target_T: np.ndarray) -> np.ndarray:
-    """float64 [T]: log P of each token."""
-    from engram_lm.mixing import onepass
-
-    survey_T6 = np.empty((len(target_T), 6))
-    onepass.survey_rows(logits_TV, np.asarray(target_T, np.int64), np.full(len(target_T), -1), survey_T6)
-    return survey_T6[:, 0]

@@ -80,7 +80,7 @@ class _Run:
         self, model: Any, tokenizer: Any, library: Library, kept: ResultRows, *, gate: Path | None, lam: float | None,
         windows: int, seed: int,
     ) -> None:  # fmt: skip
-        from engram_lm.adapt.arms import Arms, ModelReader
+        from engram_lm.adapt.arms import Arms, TimedReader
         from engram_lm.generation.gates import chosen_gate
         from engram_lm.mixing.identity import rules_of
 
@@ -103,7 +103,7 @@ class _Run:
         self.sizes[str(len(self.indexed))] = self.half
         chosen = chosen_gate(gate, lam, model=model, tokenizer=tokenizer)
         rules = rules_of(tokenizer, model, whole)
-        self.arms = Arms(ModelReader(model), library.encoder, rules, chosen)
+        self.arms = Arms(TimedReader(model, tokenizer), library.encoder, rules, chosen)
         self.facts: dict[str, Any] = {
             "indexed": len(self.indexed), "unseen": len(self.unseen), "indexed_tokens": self.half.n_tokens, "copied": 0,
         }  # fmt: skip

@@ -70,12 +70,12 @@ def read_spans(path: str | Path, *, most: int | None = None, seed: int = 0) -> l
 def place_tokens(subject: EvaluatedModel, marked: Marked) -> tuple[np.ndarray, np.ndarray]:
     """(ids int64 [T], place int8 [T]) of a text, aligned by character offsets; what the tokenizer begins with is outside."""
     encoded = subject.encoder.backend.encode(marked.text, add_special_tokens=False)
-    ids = np.concatenate([subject.start, np.array(encoded.ids, np.int64)])
+    ids = np.array([*subject.prompts.start, *encoded.ids], np.int64)
     place = np.full(len(ids), OUTSIDE, np.int8)
     for begin, end in marked.spans:
         inside = [
             t
-            for t, (first, behind) in enumerate(encoded.offsets, start=len(subject.start))
+            for t, (first, behind) in enumerate(encoded.offsets, start=len(subject.prompts.start))
             if marked.text[max(first, begin) : min(behind, end)].strip()
         ]
         if inside:

@@ -60,9 +60,10 @@ class PromptEncoder:
 
     @cached_property
     def start(self) -> list[int]:
-        """What the tokenizer puts before every text."""
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        return [bos] if bos is not None and self.tokenizer("a").input_ids[:1] == [bos] else []
+        """What the tokenizer puts before every text, such as <bos>."""
+        whole, bare = list(self.tokenizer("a").input_ids), self._as_written("a")
+        n = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return whole[:n]
 
     def _rendered(self, turn: str) -> str:
         turns = [{"role": "user", "content": turn}]

@@ -132,6 +132,13 @@ def score_text(
     }  # fmt: skip
 
 
+def log_p_of(logits_TV: np.ndarray, target_T: np.ndarray) -> np.ndarray:
+    """float64 [T], nats: log P of each token by float32 logits in this machine's memory, as `score_text` takes it."""
+    survey_T6 = np.empty((len(target_T), 6))
+    onepass.survey_rows(logits_TV, np.asarray(target_T, np.int64), np.full(len(target_T), -1), survey_T6)
+    return survey_T6[:, 0]
+
+
 _WHOLE = ("depth", "documents")
 
 

@@ -143,12 +143,9 @@ def _logits(logits_TV: Any) -> np.ndarray:
 
 def _losses(ids_T: np.ndarray, logits_TV: np.ndarray) -> np.ndarray:
     """Nats of each token given those before it, NaN for the first: float64 [T]."""
-    from engram_lm.mixing import onepass
+    from engram_lm.mixing.scoring import log_p_of
 
-    n = len(ids_T) - 1
-    survey_T6 = np.empty((n, 6))
-    onepass.survey_rows(logits_TV[:n], ids_T[1:], np.full(n, -1, np.int64), survey_T6)
-    return np.concatenate([[np.nan], -survey_T6[:, 0]])
+    return np.concatenate([[np.nan], -log_p_of(logits_TV[: len(ids_T) - 1], ids_T[1:])])
 
 
 def _pieces(loaded: ServedModel, ids: list[int]) -> list[str]:

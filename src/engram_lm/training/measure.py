@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from engram_lm.attachment import memory_off, trace
+from engram_lm.reader import token_losses
 from engram_lm.traces import LayerTrace
 
 
@@ -27,10 +27,7 @@ def held_out_loss(model: nn.Module, sequences: Any, *, batch_size: int, memory: 
         for batch in _batches(model, sequences, batch_size):
             labels_BT = batch.pop("labels")[:, 1:]
             logits_BTV = model(**batch, use_cache=False).logits[:, :-1]
-            losses_N = F.cross_entropy(
-                logits_BTV.flatten(0, 1).float(), labels_BT.flatten(), ignore_index=-100, reduction="none"
-            )
-            total += float(losses_N.double().sum())
+            total += float(token_losses(logits_BTV.flatten(0, 1), labels_BT.flatten()).sum())
             count += int((labels_BT != -100).sum())
     return total / count
 
