@@ -6,8 +6,7 @@
 Names load what they need when first used; `import engram_lm` alone imports neither torch nor numba.
 """
 
-import importlib
-from typing import Any
+from engram_lm.lazy import exports
 
 __version__ = "0.1.0"
 
@@ -34,12 +33,4 @@ _HOME = {
 
 __all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'engram_lm' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"engram_lm.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _HOME)

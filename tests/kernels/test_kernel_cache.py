@@ -54,7 +54,7 @@ class Copy:
             if name not in ("NUMBA_CACHE_DIR", "ENGRAM_CACHE")
         } | {"PYTHONPATH": str(directory), "HOME": str(self.home)}
         self.kernels.mkdir(parents=True)
-        for name in ("__init__.py", "errors.py", "durable.py", "cache.py"):
+        for name in ("__init__.py", "errors.py", "lazy.py", "durable.py", "cache.py"):
             shutil.copy(PACKAGE / name, self.kernels.parent)
         for name in ("__init__.py", "announcing.py", "compiled.py", "disk_cache.py"):
             shutil.copy(PACKAGE / "kernels" / name, self.kernels)

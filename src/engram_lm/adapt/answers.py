@@ -63,7 +63,7 @@ class Answers:
         gate: Path | None = None,
         lam: float | None = None,
     ) -> None:
-        from engram_lm.generation import TransformersEngine
+        from engram_lm.generation.engines import TransformersEngine
         from engram_lm.generation.gates import chosen_gate
         from engram_lm.library import Library
 
@@ -82,7 +82,8 @@ class Answers:
     ) -> list[dict[str, Any]]:
         """passage: a text for the arm "oracle", which reads it in the prompt."""
         # here, as it brings torch: questions are read and checked without
-        from engram_lm.generation import Request, prompt_ids, stream
+        from engram_lm.generation.decoder import Request, stream
+        from engram_lm.generation.prompts import prompt_ids
 
         rows, tokenizer = [], self.engine.tokenizer
         for arm in arms:
@@ -102,7 +103,8 @@ class Answers:
         return rows
 
     def _processor(self, question: str, ids: list[int]) -> Any:
-        from engram_lm.generation import processor_for, select
+        from engram_lm.generation.processors import processor_for
+        from engram_lm.generation.selection import select
 
         selection = select(self.library, question, chat=self.chat, pointing=not self.named)
         return processor_for(selection, None if selection.focus else self.gate(), ids, **self.parts)

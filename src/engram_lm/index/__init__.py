@@ -11,8 +11,7 @@ Segments (`index.segment`, docs/index.md) hold documents, an `Index` (`index.sto
     segment.continuations(match, 2)         # tokens and counts that followed "9 2"
 """
 
-import importlib
-from typing import Any
+from engram_lm.lazy import exports
 
 _HOME = {
     "BlendedSnapshot": "compressed",
@@ -28,12 +27,4 @@ _HOME = {
 
 __all__ = [*_HOME]  # noqa: PLE0604
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'engram_lm.index' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"engram_lm.index.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _HOME)

@@ -10,7 +10,9 @@ Exact N-gram memory knows wording: what it finds is what was written, word for w
         library.delete(["handbook/leave.md"])
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from engram_lm.lazy import exports
 
 if TYPE_CHECKING:
     from engram_lm.library.choosing import Chosen
@@ -23,14 +25,4 @@ _WHERE = {
 }  # fmt: skip
 __all__ = ["Chosen", "Explanation", "Hit", "Library", "Text", "read_texts"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _WHERE)

@@ -21,8 +21,7 @@
 Names load what they need when first used.
 """
 
-import importlib
-from typing import Any
+from engram_lm.lazy import exports
 
 _HOME = {
     "FixedLambda": "gate",
@@ -49,12 +48,4 @@ _HOME = {
 
 __all__ = [*_HOME]  # noqa: PLE0604
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'engram_lm.mixing' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"engram_lm.mixing.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _HOME)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from engram_lm.serve.http_errors import Refusal, shown
 
 if TYPE_CHECKING:
-    from engram_lm.generation import Selection
+    from engram_lm.generation.selection import Selection
     from engram_lm.mixing.gate import Lambda
     from engram_lm.serve.schema import GenerateRequest
     from engram_lm.serve.served_mixture import ServedMixture
@@ -46,7 +46,11 @@ def generate(
     emit: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Emit start, token and done events (`messages`); returns the last. emit raises where nobody listens any more."""
-    from engram_lm.generation import PieceDecoder, Request, TransformersEngine, processor_for, stream, summary
+    from engram_lm.generation.decoder import Request, stream
+    from engram_lm.generation.engines import TransformersEngine
+    from engram_lm.generation.pieces import PieceDecoder
+    from engram_lm.generation.processors import processor_for
+    from engram_lm.generation.report import summary
 
     begun = time.perf_counter()
     require_possible(loaded, mixed, asked)
@@ -106,7 +110,7 @@ def generate(
 
 def _selected(mixed: ServedMixture, asked: GenerateRequest) -> tuple[Selection, Lambda | None, list[str]]:
     """(which documents answer, what mixes them in, sentences about that)."""
-    from engram_lm.generation import select
+    from engram_lm.generation.selection import select
     from engram_lm.mixing.gate import FixedLambda
 
     library = mixed.shelf.library

@@ -19,7 +19,7 @@ from engram_lm.serve.http_errors import Refusal
 from engram_lm.serve.limits import MOST_CHARACTERS_A_TOKEN
 
 if TYPE_CHECKING:
-    from engram_lm.generation import TransformersEngine
+    from engram_lm.generation.engines import TransformersEngine
     from engram_lm.serve.schema import NextRequest
     from engram_lm.serve.served_mixture import LookUp, ServedMixture
     from engram_lm.serve.served_model import ServedModel
@@ -33,7 +33,7 @@ def next_tokens(
     """The answer to POST /api/next. mixed: of the index, None without one or where it is not wanted."""
     import torch
 
-    from engram_lm.generation import TransformersEngine
+    from engram_lm.generation.engines import TransformersEngine
     from engram_lm.mixing.mix import blend
 
     begun, engine = time.perf_counter(), TransformersEngine(loaded.model)

@@ -20,7 +20,7 @@ from engram_lm.serve.http_errors import Refusal
 from engram_lm.serve.limits import MOST_CHARACTERS_A_TOKEN, Limits
 
 if TYPE_CHECKING:
-    from engram_lm.generation import PromptEncoder
+    from engram_lm.generation.prompts import PromptEncoder
     from engram_lm.library.encoding import TextEncoder
 
 _TITLES = {"smollm2": "SmolLM2-135M-Instruct"}
@@ -55,7 +55,7 @@ class ServedModel:
 
     @cached_property
     def prompts(self) -> PromptEncoder:
-        from engram_lm.generation import PromptEncoder
+        from engram_lm.generation.prompts import PromptEncoder
 
         return PromptEncoder(self.tokenizer, self.encoder)
 
@@ -174,7 +174,7 @@ class ServedModel:
 
 def load(name: str, *, limits: Limits | None = None) -> ServedModel:
     """Load what `engram-lm generate --index` would: a memory directory, a run, smollm2, a path or a hub name."""
-    from engram_lm.generation import load_model
+    from engram_lm.generation.loading import load_model
 
     model, tokenizer = load_model(name)
     model.eval()

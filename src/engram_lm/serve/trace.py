@@ -150,7 +150,7 @@ def _losses(ids_T: np.ndarray, logits_TV: np.ndarray) -> np.ndarray:
 
 def _pieces(loaded: ServedModel, ids: list[int]) -> list[str]:
     """What each token adds to the text; "" for a part of a character, which comes with its last token."""
-    from engram_lm.generation import PieceDecoder
+    from engram_lm.generation.pieces import PieceDecoder
 
     decoder = PieceDecoder(loaded.tokenizer)
     pieces = [decoder.add(token) for token in ids]

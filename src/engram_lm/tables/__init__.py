@@ -12,8 +12,7 @@ through a one-element handle (see `tables.gradients`).
 Bytes in files are read and written by `engram_lm.storage`, which needs no torch. Names load what they need when first used.
 """
 
-from importlib import import_module
-from typing import Any
+from engram_lm.lazy import exports
 
 _WHERE = {
     "DeviceTable": "device",
@@ -37,8 +36,4 @@ _WHERE = {
 
 __all__ = list(_WHERE)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_WHERE[name]}"), name)
+__getattr__, __dir__ = exports(__name__, _WHERE)

@@ -85,7 +85,10 @@ def generate_command(
     else:
         require_parts(name, index, gate=gate, lam=lam)
         model, tokenizer = load_model(name)
-    from engram_lm.generation import HeatView, Request, TransformersEngine, prompt_ids, stream
+    from engram_lm.generation.decoder import Request, stream
+    from engram_lm.generation.engines import TransformersEngine
+    from engram_lm.generation.prompts import prompt_ids
+    from engram_lm.generation.strengths import HeatView
 
     engine = TransformersEngine(model, tokenizer)
     view = HeatView(quantity=heat or ("share" if index is None else "index"), block=block, branch=branch)
@@ -132,8 +135,12 @@ def answer_from_index(
 
     options: of `generation.Request`.
     """
-    from engram_lm.generation import Request, processor_for, prompt_ids, select, stream, summary
+    from engram_lm.generation.decoder import Request, stream
     from engram_lm.generation.gates import Audit, chosen_gate, counting
+    from engram_lm.generation.processors import processor_for
+    from engram_lm.generation.prompts import prompt_ids
+    from engram_lm.generation.report import summary
+    from engram_lm.generation.selection import select
     from engram_lm.generation.speculative import Drafter
     from engram_lm.library import Library
 
@@ -193,7 +200,7 @@ def write_heat(
 ) -> str:
     """Stream tokens to stdout and return their text. `scale` None writes plain text; a function makes one from the
     strengths of the prompt, and then a legend comes first."""
-    from engram_lm.generation import PieceDecoder
+    from engram_lm.generation.pieces import PieceDecoder
 
     decoder, held, written = PieceDecoder(tokenizer), 0.0, []
     waiting, tokens = _prompt_first(tokens)
@@ -255,7 +262,7 @@ def trace_command(
     import torch
 
     from engram_lm.attachment import trace
-    from engram_lm.generation import HeatView
+    from engram_lm.generation.strengths import HeatView
     from engram_lm.terminal.tables import print_trace, trace_json
 
     view = HeatView(block=block, branch=branch)

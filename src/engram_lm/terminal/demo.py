@@ -81,7 +81,9 @@ def _prompts(directory: Path) -> list[dict[str, str]]:
 
 def _scale(model: Any, tokenizer: Any, directory: Path, prompts: list[dict[str, str]]) -> Scale:
     """One scale for all texts, so that their reds can be compared."""
-    from engram_lm.generation import Request, TransformersEngine, prompt_ids, stream
+    from engram_lm.generation.decoder import Request, stream
+    from engram_lm.generation.engines import TransformersEngine
+    from engram_lm.generation.prompts import prompt_ids
 
     engine = TransformersEngine(model, tokenizer)
     strengths = [
@@ -94,7 +96,9 @@ def _scale(model: Any, tokenizer: Any, directory: Path, prompts: list[dict[str, 
 
 def _compare(model: Any, tokenizer: Any, prompt: str, *, max_new_tokens: int, scale: Scale | None) -> bool:
     """Print a text with memory and without; True where they differ."""
-    from engram_lm.generation import Request, TransformersEngine, prompt_ids, stream
+    from engram_lm.generation.decoder import Request, stream
+    from engram_lm.generation.engines import TransformersEngine
+    from engram_lm.generation.prompts import prompt_ids
 
     engine = TransformersEngine(model, tokenizer)
     ids, texts = prompt_ids(tokenizer, prompt), []
@@ -110,7 +114,7 @@ def _one_token(model: Any, tokenizer: Any, text: str) -> None:
     import torch
 
     from engram_lm.attachment import trace
-    from engram_lm.generation import HeatView
+    from engram_lm.generation.strengths import HeatView
     from engram_lm.terminal.tables import print_trace
 
     with torch.no_grad(), trace(model) as records:

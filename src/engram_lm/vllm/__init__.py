@@ -15,8 +15,7 @@ What it is not: a server of ours; no other part of vLLM is touched.
 Loading this module loads neither torch nor numba, and does not need vLLM.
 """
 
-import importlib
-from typing import Any
+from engram_lm.lazy import exports
 
 _HOME = {
     "Live": "live",
@@ -28,12 +27,4 @@ _HOME = {
 
 __all__ = [*_HOME]  # noqa: PLE0604
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'engram_lm.vllm' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"engram_lm.vllm.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = exports(__name__, _HOME)
