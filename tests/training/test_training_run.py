@@ -397,12 +397,41 @@ def test_config_goes_to_json_and_back(text):
     assert TrainConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-def test_every_option_is_on_the_command_line():
-    import dataclasses
-    import inspect
+def test_every_option_is_on_the_command_line(capsys):
+    assert cli.run(["train", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in told
+        if field.metadata:
+            assert field.metadata["help"].split(" (")[0].split()[0] in told
+            assert "…" not in field.metadata["help"]
 
-    flags = set(inspect.signature(cli.model.train).parameters) - {"out", "config", "resume", "overwrite"}
-    assert flags == {field.name for field in dataclasses.fields(TrainConfig)}
+
+def test_only_what_was_given_is_handed_on(monkeypatch):
+    from engram_lm.training import command
+
+    seen = []
+    monkeypatch.setattr(command, "train_command", lambda given, **others: seen.append((given, others)) or 0)
+    line = [
+        "train",
+        "b",
+        "--out",
+        "d",
+        "--data",
+        "a",
+        "c",
+        "--tokens",
+        "5",
+        "--layers",
+        "1,2",
+        "--clip",
+        "0",
+        "--resume",
+    ]
+    assert cli.run(line) == 0
+    ((given, others),) = seen
+    assert given == {"base": "b", "data": ["a", "c"], "tokens": 5, "layers": "1,2", "clip": 0.0}
+    assert others == {"out": Path("d"), "config_file": None, "resume": True, "overwrite": False}
 
 
 # ---- processes that are really killed --------------------------------------------------------------------------------

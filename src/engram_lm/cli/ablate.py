@@ -1,9 +1,22 @@
 """The command that trains a memory beside what it should be compared with: `engram-lm ablate ...`."""
 
 from pathlib import Path
-from typing import Literal
 
-from engram_lm.cli.app import FileList, Flag, app
+from engram_lm.cli.app import FileList, Flag, app, options_of
+from engram_lm.training.config import TrainConfig
+
+# what all arms share
+SharedOptions = options_of(
+    TrainConfig,
+    (
+        "field", "txt_documents", "layers", "orders", "heads", "rows_per_head", "head_width", "tokens", "epochs",
+        "sequence_length", "batch_size", "holdout", "eval_tokens", "learning_rate", "device",
+    ),
+    orders="N-gram lengths, with commas (2,3).",
+    heads="Hash heads of each order (8).",
+    batch_size="Sequences a step (8).",
+    eval_tokens="Most tokens of each text that are measured (16384).",
+)  # fmt: skip
 
 
 @app.command
@@ -20,21 +33,7 @@ def ablate(
     minutes: float | None = None,
     draw: Flag = False,
     config: Path | None = None,
-    field: str | None = None,
-    txt_documents: Literal["file", "line", "paragraph"] | None = None,
-    layers: str | None = None,
-    orders: str | None = None,
-    heads: int | None = None,
-    rows_per_head: int | None = None,
-    head_width: int | None = None,
-    tokens: int | None = None,
-    epochs: int | None = None,
-    sequence_length: int | None = None,
-    batch_size: int | None = None,
-    holdout: float | None = None,
-    eval_tokens: int | None = None,
-    learning_rate: float | None = None,
-    device: Literal["auto", "cpu"] | None = None,
+    options: SharedOptions | None = None,
 ) -> int:
     """Train a memory, its controls, and what one would train instead, on the same text in the same order.
 
@@ -65,38 +64,15 @@ def ablate(
         Only draw the table and the picture again, from the results in --out.
     config
         JSON file of the options of engram-lm train that all arms share; what is given here comes first.
-    field
-        Field of a JSONL line that holds the text (text).
-    txt_documents
-        What a document of a .txt file is (paragraph).
-    layers
-        Blocks before which memory enters, from 0, with commas (1 and the middle one).
-    orders
-        N-gram lengths, with commas (2,3).
-    heads
-        Hash heads of each order (8).
-    rows_per_head
-        Rows of each head (20011).
-    head_width
-        Numbers a row (32).
-    tokens
-        How many tokens to train on (all of the training side).
-    epochs
-        Passes over them (1).
-    sequence_length
-        Tokens a sequence (256).
-    batch_size
-        Sequences a step (8).
-    holdout
-        Share of the documents that is never trained on and measured (0.02).
-    eval_tokens
-        Most tokens of each text that are measured (16384).
-    learning_rate
-        Highest rate; rows train at 5 times it (0.001).
-    device
-        auto takes an accelerator where there is one (auto).
     """
-    given = {name: value for name, value in locals().items() if value is not None and value is not False}
+    given = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("draw", "options")
+    }
+    given |= options or {}
+    if draw:
+        given["draw"] = True
     from engram_lm.ablation.command import ablate_command
 
     return ablate_command(given)

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, TypedDict, get_origin
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -26,6 +26,27 @@ IdList = Annotated[str, Parameter(allow_leading_hyphen=True)]
 Flag = Annotated[bool, Parameter(negative="")]
 # --data a.txt b.txt
 FileList = Annotated[list[str], Parameter(consume_multiple=True, negative="")]
+
+
+def options_of(config: type, names: Sequence[str] | None = None, **helps: str) -> Any:
+    """The fields of a config as options of a command, those alone that are given: a TypedDict for `Parameter(name="*")`.
+
+    names: of the fields (default: all that have a help). helps: other words for some of them, in this command.
+    """
+    from dataclasses import fields
+
+    from engram_lm.training.config import kinds_of
+
+    kinds = kinds_of(config)
+    found = {}
+    for field in fields(config):
+        if not field.metadata or (names is not None and field.name not in names):
+            continue
+        kind = kinds[field.name][0]
+        # several numbers are written with commas between them
+        kind = str if get_origin(kind) is tuple else kind
+        found[field.name] = Annotated[kind, Parameter(help=helps.get(field.name, field.metadata["help"]))]
+    return Annotated[TypedDict(config.__name__, found, total=False), Parameter(name="*")]
 
 
 @app.command

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from engram_lm.cli.app import FileList, Flag, IdList, app
+from engram_lm.cli.app import FileList, Flag, IdList, app, options_of
+from engram_lm.training.config import TrainConfig
 
 
 @app.command
@@ -62,6 +63,9 @@ def addresses(
     print(printed)
 
 
+TrainOptions = options_of(TrainConfig)
+
+
 @app.command
 def train(
     base: str | None = None,
@@ -71,44 +75,7 @@ def train(
     config: Path | None = None,
     resume: Flag = False,
     overwrite: Flag = False,
-    field: str | None = None,
-    txt_documents: Literal["file", "line", "paragraph"] | None = None,
-    mode: Literal["memory", "lora", "all"] | None = None,
-    lora_rank: int | None = None,
-    train_from: int | None = None,
-    layers: str | None = None,
-    profile: str | None = None,
-    orders: str | None = None,
-    heads: int | None = None,
-    rows_per_head: int | None = None,
-    head_width: int | None = None,
-    conv_kernel: int | None = None,
-    conv_dilation: int | None = None,
-    hash_seed: int | None = None,
-    rule: str | None = None,
-    control: Literal["one-row", "shuffled", "frozen-random", "bias", "off"] | None = None,
-    ffn_width: int | None = None,
-    embedding_rate: float | None = None,
-    tokens: int | None = None,
-    epochs: int | None = None,
-    sequence_length: int | None = None,
-    batch_size: int | None = None,
-    accumulation: int | None = None,
-    packing: Literal["concat", "documents"] | None = None,
-    holdout: float | None = None,
-    eval_tokens: int | None = None,
-    learning_rate: float | None = None,
-    warmup: float | None = None,
-    schedule: Literal["cosine", "linear", "constant"] | None = None,
-    weight_decay: float | None = None,
-    clip: float | None = None,
-    eval_every: int | None = None,
-    save_every: int | None = None,
-    log_every: int | None = None,
-    keep_checkpoints: int | None = None,
-    seed: int | None = None,
-    minutes: float | None = None,
-    device: Literal["auto", "cpu"] | None = None,
+    options: TrainOptions | None = None,
 ) -> int:
     """Train memory on a model: engram-lm train smollm2 --data corpus.jsonl --out runs/first
 
@@ -128,87 +95,13 @@ def train(
         Go on with the run in --out; its own options are used.
     overwrite
         Replace the run that --out holds.
-    field
-        Field of a JSONL line that holds the text (text).
-    txt_documents
-        What a document of a .txt file is (paragraph).
-    mode
-        What trains: memory alone, memory and a LoRA adapter, or all (memory; all for scratch bases).
-    lora_rank
-        Rank of the adapter (8).
-    train_from
-        Blocks before this one, and the embedding, stay frozen in modes lora and all (none).
-    layers
-        Blocks before which memory enters, from 0, with commas (1 and the middle one).
-    profile
-        Address scheme (paper).
-    orders
-        N-gram lengths, with commas (the profile's, 2,3).
-    heads
-        Hash heads of each order (the profile's, 8).
-    rows_per_head
-        Rows of each head (20011).
-    head_width
-        Numbers a row (32).
-    conv_kernel
-        Taps of the short conv, 0 for none (the profile's, 4).
-    conv_dilation
-        Tokens between its taps (the highest order).
-    hash_seed
-        Seed of the hash multipliers (the profile's).
-    rule
-        How rows train: row-adam, row-adam-momentum, row-momentum-sinkhorn, row-rmsprop or sgd (row-adam).
-    control
-        Train a memory that something is missing from, to compare with; engram-lm ablate trains them all.
-    ffn_width
-        Of a scratch base: another inner width of its feed-forward layers.
-    embedding_rate
-        The token embedding trains at this multiple of the rate, without weight decay (1: as all else).
-    tokens
-        How many tokens to train on (all of the training side).
-    epochs
-        Passes over them (1).
-    sequence_length
-        Tokens a sequence (256).
-    batch_size
-        Sequences a forward (8).
-    accumulation
-        Forwards a step (1).
-    packing
-        Sequences cut from one stream, or with documents kept apart (concat).
-    holdout
-        Share of the documents that is never trained on and measured (0.02).
-    eval_tokens
-        Most held-out tokens measured at a time (16384).
-    learning_rate
-        Highest rate; rows train at 5 times it (0.001).
-    warmup
-        Share of the steps over which the rate rises (0.05).
-    schedule
-        How the rate falls after that (cosine).
-    weight_decay
-        On matrices, never on rows (0).
-    clip
-        Largest gradient norm, 0 for none (1).
-    eval_every
-        Steps between measurements (a tenth of the run).
-    save_every
-        Steps between checkpoints (a tenth of the run).
-    log_every
-        Steps a line of metrics.jsonl (10, fewer in a short run).
-    keep_checkpoints
-        How many checkpoints stay (2).
-    seed
-        Of initial values and the order of the text (0).
-    minutes
-        Stop after this long with a checkpoint; the same command goes on.
-    device
-        auto takes an accelerator where there is one (auto).
     """
-    given = {name: value for name, value in locals().items() if value is not None}
     from engram_lm.training.command import train_command
 
-    return train_command(given)
+    named = {name: value for name, value in (("base", base), ("data", data)) if value is not None}
+    return train_command(
+        named | (options or {}), out=out, config_file=config, resume=resume, overwrite=overwrite
+    )
 
 
 @app.command

@@ -20,10 +20,10 @@ _FINISHED, _INTERRUPTED = 0, 130
 _NUMBERS = ("layers", "orders")
 
 
-def train_command(given: dict[str, Any]) -> int:
-    """Train with the options given (None left out) and return the exit code."""
-    out, overwrite = Path(given.pop("out")), given.pop("overwrite", False)
-    resume, config_file = given.pop("resume", False), given.pop("config", None)
+def train_command(
+    given: dict[str, Any], *, out: Path, config_file: Path | None, resume: bool, overwrite: bool
+) -> int:
+    """Train with the options of `TrainConfig` that are given, and return the exit code."""
     if resume and overwrite:
         raise ConfigError("--resume goes on with a run and --overwrite replaces it; choose one.")
     if resume and config_file:

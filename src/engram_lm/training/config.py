@@ -8,92 +8,116 @@ base and the amount of text; the resolved record is what the run's directory kee
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from engram_lm.config import MemoryConfig
 from engram_lm.errors import ConfigError
 
 Mode = Literal["memory", "lora", "all"]
-SCHEDULES = ("cosine", "linear", "constant")
+Control = Literal["one-row", "shuffled", "frozen-random", "bias", "off"]
 
 # Of one call, not of the run: they may differ when a run goes on.
 PER_CALL = ("minutes", "device")
 
 
+def option(
+    help: str,
+    default: Any = None,
+    *,
+    otherwise: str | None = None,
+    least: int | None = None,
+    above_0: bool = False,
+    from_0: bool = False,
+    share: bool = False,
+) -> Any:
+    """A field of TrainConfig that is an option of `engram-lm train`: what it is, its default, and which values it takes.
+
+    otherwise: what is taken where the field is None, for the help. least: of a whole number. above_0, from_0: a number above
+    0, or 0 and more. share: from 0 to below 1.
+    """
+    shown = otherwise if otherwise is not None else "" if default is None else str(default)
+    facts = {
+        "help": f"{help} ({shown})." if shown else f"{help}.",
+        "least": least, "above_0": above_0, "from_0": from_0, "share": share,
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata=facts)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One training run.
-
-    Args:
-        base: smollm2, scratch:tiny|small|base, a directory, or a hub name.
-        data: files or globs of .txt and .jsonl, plain or with .gz or .xz after it.
-        field: of a JSONL line, the text. txt_documents: a .txt file is one document, or each line or paragraph is.
-        mode: "memory" trains memory alone, the base frozen; "lora" memory and a LoRA adapter; "all" everything. Default
-            memory; all for scratch bases, which know nothing yet.
-        lora_rank: of the adapter, 8.
-        layers: blocks before which memory enters; default block 1 and the middle one.
-        train_from: blocks before this one stay frozen, the embedding with them, in modes "lora" and "all".
-        profile, orders, heads, rows_per_head, head_width, conv_kernel, conv_dilation, hash_seed, rule: see MemoryConfig.
-        control: train a memory that something is missing from, see MemoryConfig.
-        ffn_width: of a scratch base, another inner width of its feed-forward layers.
-        embedding_rate: the token embedding trains at this multiple of the rate, without weight decay (1: as all else).
-        tokens: how many to train on, out of the training side of the data; default all. epochs: passes over them.
-        sequence_length: tokens a sequence. batch_size: sequences a forward. accumulation: forwards a step.
-        packing: "concat" or "documents", see train.data.
-        holdout: share of documents that are never trained on. eval_tokens: at most so many of theirs are measured.
-        learning_rate: of projections, adapter and base; rows train at the rule's multiple of it (5 by default).
-        warmup: share of the steps over which the rate rises. schedule: how it falls after that.
-        weight_decay: on matrices alone: never on rows, handles, norms and convs. clip: largest gradient norm, 0 for none.
-        eval_every, save_every: steps; default ten times a run. log_every: steps a line of metrics.jsonl.
-        keep_checkpoints: how many are kept.
-        seed: of initial values and of the order of the data.
-        minutes: stop after this long, with a checkpoint; the same command goes on from there.
-        device: "auto" takes an accelerator where there is one; "cpu".
-    """
+    """One training run. Every field is said in its `option`, for this class, for the command's help and for its checks."""
 
     base: str
     data: tuple[str, ...]
-    field: str = "text"
-    txt_documents: str = "paragraph"
-    mode: Mode | None = None
-    lora_rank: int | None = None
-    train_from: int | None = None
-    layers: tuple[int, ...] | None = None
-    profile: str = "paper"
-    orders: tuple[int, ...] | None = None
-    heads: int | None = None
-    rows_per_head: int = 20_011
-    head_width: int = 32
-    conv_kernel: int | None = None
-    conv_dilation: int | None = None
-    hash_seed: int | None = None
-    rule: str = "row-adam"
-    control: str | None = None
-    ffn_width: int | None = None
-    embedding_rate: float = 1.0
-    tokens: int | None = None
-    epochs: int = 1
-    sequence_length: int = 256
-    batch_size: int = 8
-    accumulation: int = 1
-    packing: str = "concat"
-    holdout: float = 0.02
-    eval_tokens: int = 16_384
-    learning_rate: float = 1e-3
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    eval_every: int | None = None
-    save_every: int | None = None
-    log_every: int | None = None
-    keep_checkpoints: int = 2
-    seed: int = 0
-    minutes: float | None = None
-    device: str = "auto"
+    field: str = option("Field of a JSONL line that holds the text", "text")
+    txt_documents: Literal["file", "line", "paragraph"] = option(
+        "What a document of a .txt file is", "paragraph"
+    )
+    mode: Mode | None = option(
+        "What trains: memory alone, memory and a LoRA adapter, or all",
+        otherwise="memory; all for scratch bases",
+    )
+    lora_rank: int | None = option("Rank of the adapter", otherwise="8", least=1)
+    train_from: int | None = option(
+        "Blocks before this one, and the embedding, stay frozen in modes lora and all",
+        otherwise="none",
+        least=0,
+    )
+    layers: tuple[int, ...] | None = option(
+        "Blocks before which memory enters, from 0, with commas", otherwise="1 and the middle one"
+    )
+    profile: str = option("Address scheme", "paper")
+    orders: tuple[int, ...] | None = option("N-gram lengths, with commas", otherwise="the profile's, 2,3")
+    heads: int | None = option("Hash heads of each order", otherwise="the profile's, 8")
+    rows_per_head: int = option("Rows of each head", 20_011)
+    head_width: int = option("Numbers a row", 32)
+    conv_kernel: int | None = option("Taps of the short conv, 0 for none", otherwise="the profile's, 4")
+    conv_dilation: int | None = option("Tokens between its taps", otherwise="the highest order")
+    hash_seed: int | None = option("Seed of the hash multipliers", otherwise="the profile's")
+    rule: str = option(
+        "How rows train: row-adam, row-adam-momentum, row-momentum-sinkhorn, row-rmsprop or sgd", "row-adam"
+    )
+    control: Control | None = option(
+        "Train a memory that something is missing from, to compare with; engram-lm ablate trains them all"
+    )
+    ffn_width: int | None = option(
+        "Of a scratch base: another inner width of its feed-forward layers", least=1
+    )
+    embedding_rate: float = option(
+        "The token embedding trains at this multiple of the rate, without weight decay", 1.0,
+        otherwise="1: as all else", above_0=True,
+    )  # fmt: skip
+    tokens: int | None = option("How many tokens to train on", otherwise="all of the training side", least=1)
+    epochs: int = option("Passes over them", 1, least=1)
+    sequence_length: int = option("Tokens a sequence", 256, least=2)
+    batch_size: int = option("Sequences a forward", 8, least=1)
+    accumulation: int = option("Forwards a step", 1, least=1)
+    packing: Literal["concat", "documents"] = option(
+        "Sequences cut from one stream, or with documents kept apart", "concat"
+    )
+    holdout: float = option("Share of the documents that is never trained on and measured", 0.02, share=True)
+    eval_tokens: int = option("Most held-out tokens measured at a time", 16_384, least=1)
+    learning_rate: float = option("Highest rate; rows train at 5 times it", 1e-3, above_0=True)
+    warmup: float = option("Share of the steps over which the rate rises", 0.05, share=True)
+    schedule: Literal["cosine", "linear", "constant"] = option("How the rate falls after that", "cosine")
+    weight_decay: float = option("On matrices, never on rows", 0.0, otherwise="0", from_0=True)
+    clip: float = option("Largest gradient norm, 0 for none", 1.0, otherwise="1", from_0=True)
+    eval_every: int | None = option("Steps between measurements", otherwise="a tenth of the run", least=1)
+    save_every: int | None = option("Steps between checkpoints", otherwise="a tenth of the run", least=1)
+    log_every: int | None = option(
+        "Steps a line of metrics.jsonl", otherwise="10, fewer in a short run", least=1
+    )
+    keep_checkpoints: int = option("How many checkpoints stay", 2, least=1)
+    seed: int = option("Of initial values and the order of the text", 0)
+    minutes: float | None = option(
+        "Stop after this long with a checkpoint; the same command goes on", above_0=True
+    )
+    device: Literal["auto", "cpu"] = option("auto takes an accelerator where there is one", "auto")
 
     def __post_init__(self) -> None:
         for name in ("data", "layers", "orders"):
@@ -102,48 +126,19 @@ class TrainConfig:
                 raise ConfigError(f"{name} is a list; got the string {value!r}.")
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
-        for name, kinds, kind_name in _KINDS:
+        for name, (kind, _) in kinds_of(TrainConfig).items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
-                raise ConfigError(f"{name} is {kind_name}; got {value!r}.")
+            wanted = {
+                int: (int, "a whole number"),
+                float: ((int, float), "a number"),
+                str: (str, "a string"),
+            }.get(kind)
+            if wanted and value is not None and (not isinstance(value, wanted[0]) or isinstance(value, bool)):
+                raise ConfigError(f"{name} is {wanted[1]}; got {value!r}.")
         if not self.data:
             raise ConfigError("data names no files; give at least one with --data.")
-        choices = {
-            "mode": (None, "memory", "lora", "all"),
-            "schedule": SCHEDULES,
-            "packing": ("concat", "documents"),
-            "txt_documents": ("file", "line", "paragraph"),
-            "device": ("auto", "cpu"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                listed = ", ".join(str(choice) for choice in allowed if choice)
-                raise ConfigError(f"{name} is one of {listed}; got {getattr(self, name)!r}.")
-        least = {
-            "lora_rank": 1,
-            "train_from": 0,
-            "ffn_width": 1,
-            "tokens": 1,
-            "epochs": 1,
-            "sequence_length": 2,
-            "batch_size": 1,
-            "accumulation": 1,
-        }
-        least |= {"eval_tokens": 1, "eval_every": 1, "save_every": 1, "log_every": 1, "keep_checkpoints": 1}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ConfigError(f"{name} must be at least {lowest}; got {value}.")
-        for name in ("learning_rate", "minutes", "embedding_rate"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} must be greater than 0; got {value}.")
-        for name in ("weight_decay", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be 0 or more; got {getattr(self, name)}.")
-        for name in ("warmup", "holdout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} is a share, from 0 to below 1; got {getattr(self, name)}.")
+        for field in fields(TrainConfig):
+            self._check(field)
         if self.is_scratch and self.mode not in (None, "all"):
             raise ConfigError(
                 f"{self.base} begins with random weights, so everything is trained: mode {self.mode!r} would freeze them. "
@@ -154,6 +149,24 @@ class TrainConfig:
         self._check_what_trains()
         # the memory's own checks, before anything is loaded
         self.memory(self.layers or (0,))
+
+    def _check(self, field: dataclasses.Field) -> None:
+        """ConfigError where a value is not one that its option takes. The memory's own are MemoryConfig's to check."""
+        name, value, facts = field.name, getattr(self, field.name), field.metadata
+        kind, optional = kinds_of(TrainConfig)[name]
+        if get_origin(kind) is Literal and name != "control":
+            if value not in get_args(kind) and not (value is None and optional):
+                raise ConfigError(f"{name} is one of {', '.join(get_args(kind))}; got {value!r}.")
+        if value is None or not facts:
+            return
+        if facts["least"] is not None and value < facts["least"]:
+            raise ConfigError(f"{name} must be at least {facts['least']}; got {value}.")
+        if facts["above_0"] and not value > 0:
+            raise ConfigError(f"{name} must be greater than 0; got {value}.")
+        if facts["from_0"] and not value >= 0:
+            raise ConfigError(f"{name} must be 0 or more; got {value}.")
+        if facts["share"] and not 0 <= value < 1:
+            raise ConfigError(f"{name} is a share, from 0 to below 1; got {value}.")
 
     def _check_what_trains(self) -> None:
         """ConfigError for options without effect, and for a run in which nothing would train."""
@@ -246,22 +259,12 @@ def first_difference(one: TrainConfig, other: TrainConfig) -> str | None:
     return None
 
 
-_WHOLE = ("lora_rank", "heads", "rows_per_head", "head_width", "conv_kernel", "hash_seed", "tokens", "epochs")
-_WHOLE += ("train_from", "ffn_width", "conv_dilation")
-_WHOLE += (
-    "sequence_length",
-    "batch_size",
-    "accumulation",
-    "eval_tokens",
-    "eval_every",
-    "save_every",
-    "log_every",
-)
-_WHOLE += ("keep_checkpoints", "seed")
-_NUMBER = ("holdout", "learning_rate", "warmup", "weight_decay", "clip", "minutes", "embedding_rate")
-_TEXT = ("base", "field", "profile", "rule")
-_KINDS: tuple[tuple[str, Any, str], ...] = (
-    *((name, int, "a whole number") for name in _WHOLE),
-    *((name, (int, float), "a number") for name in _NUMBER),
-    *((name, str, "a string") for name in _TEXT),
-)
+@functools.cache
+def kinds_of(config: type) -> dict[str, tuple[Any, bool]]:
+    """field name -> (its type without None, whether it may be None)."""
+    found = {}
+    for name, hint in get_type_hints(config).items():
+        parts = [part for part in get_args(hint) if part is not type(None)]
+        optional = len(parts) < len(get_args(hint))
+        found[name] = (parts[0] if optional else hint), optional
+    return found
