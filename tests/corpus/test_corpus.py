@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 from engram_lm.bases.recipes import byte_tokenizer  # noqa: E402
 from engram_lm.corpus import tokenised as corpus_module  # noqa: E402
-from engram_lm.corpus.blocks import NO_LABEL, Blocks, load_data, pack, part_of  # noqa: E402
+from engram_lm.corpus.blocks import NO_LABEL, Blocks, pack, part_of  # noqa: E402
 from engram_lm.corpus.text import find_files, read_documents, require_documents  # noqa: E402
 from engram_lm.corpus.tokenised import Corpus, tokenise  # noqa: E402
 from engram_lm.errors import CheckpointError, ConfigError, DataError  # noqa: E402
@@ -330,21 +330,20 @@ def test_the_split_follows_the_text_not_its_place(tmp_path, tokenizer):
     assert 5 < len(sides[0]) < 35
 
 
-def test_load_data_end_to_end(tmp_path, tokenizer):
+def test_files_are_split_into_sides_that_share_no_document(tmp_path, tokenizer):
     texts = [f"document number {i}" for i in range(80)]
     write_jsonl(tmp_path / "a.jsonl.xz", texts[:40])
     write_jsonl(tmp_path / "b.jsonl.gz", texts[40:])
-    options = {"tokenizer": tokenizer, "sequence_length": 16, "held_out_share": 0.25}
-    train, held_out = load_data(tmp_path / "*.jsonl.*", **options)
+    corpus = tokenise(tmp_path / "*.jsonl.*", tokenizer=tokenizer)
+    shape = {"sequence_length": 16, "held_out_share": 0.25}
+    train, held_out = (pack(corpus, part=part, seed=0, **shape) for part in ("train", "held_out"))
     assert (
         train.corpus.tokens
         == train.tokens + train.left_over_tokens + held_out.tokens + held_out.left_over_tokens
     )
     assert not set(train.documents.tolist()) & set(held_out.documents.tolist())
-    capped, same = load_data(tmp_path / "*.jsonl.*", **options, max_tokens=100, seed=9)
+    capped = pack(corpus, part="train", seed=9, max_tokens=100, **shape)
     assert (len(capped), capped.tokens) == (6, 96)
-    assert same.documents.tolist() == held_out.documents.tolist()
-    assert load_data(tmp_path / "a*", tokenizer=tokenizer, sequence_length=16).held_out is None
 
 
 def test_blocks_travel_to_workers_without_the_ids(tmp_path, tokenizer):

@@ -21,7 +21,7 @@ from engram_lm.errors import (
     StateError,
 )
 from engram_lm.tables import SGD, DeviceTable, RowAdam, RowAdamMomentum, RowMomentumSinkhorn, ShardedTable
-from engram_lm.tables.protocol import TrainableTable
+from engram_lm.tables.protocol import Table
 from engram_lm.tables.shards import Shard, even_boundaries
 
 ROWS, WIDTH = 50, 6
@@ -96,7 +96,7 @@ def gathers_the_same_rows(rank: int) -> None:
         assert same(sharded.gather(square), whole.gather(square))
         nothing = torch.zeros(0, 4, dtype=torch.long)
         assert same(sharded.gather(nothing), whole.gather(nothing))
-    assert isinstance(sharded, TrainableTable)
+    assert isinstance(sharded, Table)
 
 
 def tickets_change_when_and_never_what(rank: int) -> None:

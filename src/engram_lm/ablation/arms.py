@@ -43,12 +43,3 @@ def control(config: MemoryConfig, name: str) -> MemoryConfig:
         heads=profile.columns,
         conv_dilation=profile.conv_dilation if profile.conv_kernel else None,
     )
-
-
-def control_of(config: MemoryConfig) -> str:
-    """Which arm a config is, a loaded model's too: one of MEMORY_ARMS, "bias" or "off"."""
-    if config.control is not None:
-        return config.control
-    from engram_lm.attachment import profile_of
-
-    return "unigram" if profile_of(config).orders == (1,) else "memory"

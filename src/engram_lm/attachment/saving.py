@@ -27,7 +27,7 @@ import secrets
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -42,8 +42,7 @@ from engram_lm.identity import BaseRef, fingerprint_of
 from engram_lm.memory.card import card
 from engram_lm.memory.layer import RUN
 from engram_lm.memory.manifest import FORMAT, MANIFEST, VERSION, config_hash
-from engram_lm.memory.rows import packed_name
-from engram_lm.tables import LoggedTable
+from engram_lm.memory.memory import Memory
 
 BaseFiles = Literal["auto", "always", "never"]
 
@@ -65,127 +64,140 @@ def save_memory(
         row_dtype: store rows as bfloat16 or float16 (they load into the config's row_dtype); default as they are.
         row_state: also write the row optimizers' state, for training to go on.
     """
-    runtime = runtime_of(model)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(".*.*"):
-        if re.fullmatch(r"[0-9a-f]{16}", left.suffix[1:]):
-            _remove(left)  # of a save that was killed
-    save_id = secrets.token_hex(8)
-    marks = {"save_id": save_id, "format": FORMAT}
-    staged = directory / f".staged.{save_id}"
-    waiting: list[tuple[Path, Path]] = []
-
-    def put(name: str, tensors: dict[str, Tensor], **more: str) -> None:
-        target = directory / name
-        beside = directory / f".{name}.{save_id}"
-        waiting.append((beside, target))
-        held = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
-        try:
-            save_file(held, beside, metadata={**marks, **more})
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{target} cannot be written: {error}. What was there before is untouched."
-            ) from None
-
+    runtime, directory = runtime_of(model), Path(directory)
+    save = _Save(directory)
     try:
-        entries, parameters, runs = [], {}, {}
-        for memory in runtime.memories.values():
-            tables = []
-            for index, slot in enumerate(memory.slots):
-                if type(slot.projection) is not nn.Linear:
-                    raise CheckpointError(
-                        f"The projection of {memory.name!r} was replaced by {type(slot.projection).__name__}, which a memory "
-                        'cannot be loaded into. Give PEFT exclude_modules=".*engram.*".'
-                    )
-                gradients = slot.table.gradients
-                gradients.check_updates()
-                weights = {k: v for k, v in slot.state_dict().items() if k != RUN}
-                parameters |= {f"{memory.name}.{index}.{k}": v for k, v in weights.items()}
-                runs[f"{memory.name}.{index}"] = gradients.run
-                identity, stem = slot.scheme.identity, f"{memory.name}-{slot.block}"
-                log, chain = None, None
-                if isinstance(slot.table, LoggedTable):
-                    tensors = {}
-                    if row_state:
-                        log = slot.table.where()
-                    else:
-                        beside = directory / f".{packed_name(stem)}.{save_id}"
-                        waiting.append((beside, directory / packed_name(stem)))
-                        slot.table.store.fold(beside, note=save_id)
-                        chain = slot.table.store.chain
-                else:
-                    tensors = slot.table.checkpoint()
-                    rows = tensors.pop("rows")
-                    put(
-                        f"rows-{stem}.safetensors",
-                        {"rows": rows.to(row_dtype or rows.dtype)},
-                        identity=identity.hash,
-                        run=str(gradients.run),
-                    )
-                if row_state and tensors:
-                    put(
-                        f"state-{stem}.safetensors",
-                        tensors,
-                        rule=json.dumps(gradients.rule.to_json()),
-                        run=str(gradients.run),
-                    )
-                tables.append(
-                    {
-                        "block": slot.block,
-                        "rows": slot.table.n_rows,
-                        "width": slot.table.width,
-                        "updates": gradients.updates,
-                        "run": gradients.run,
-                        "row_state": bool(row_state and tensors),
-                        **({"log": log} if log is not None else {}),
-                        **({"chain": chain} if chain is not None else {}),
-                        "identity": identity.hash,
-                        "identity_facts": json.loads(identity.json),
-                    }
-                )
-            beside = directory / f".tokens-{memory.name}.bin.{save_id}"
-            waiting.append((beside, directory / f"tokens-{memory.name}.bin"))
-            memory.token_map.save(beside)
-            entries.append({"config": memory.config.to_json(), "tables": tables})
-        put("memory.safetensors", parameters, config=config_hash(entries), run=json.dumps(runs))
-        kept = _save_base(model, staged, runtime.base, base_files)
+        saved = [_put(memory, save, row_dtype, row_state) for memory in runtime.memories.values()]
+        entries = [each.entry for each in saved]
+        parameters = {name: tensor for each in saved for name, tensor in each.parameters.items()}
+        runs = {name: run for each in saved for name, run in each.runs.items()}
+        save.tensors("memory.safetensors", parameters, config=config_hash(entries), run=json.dumps(runs))
+        kept = _save_base(model, save.folder, runtime.base, base_files)
         tokenizer = tokenizer if tokenizer is not None else runtime.tokenizer
         if tokenizer is not None and hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(staged)
-        if staged.is_dir():
-            waiting += [(path, directory / path.name) for path in sorted(staged.iterdir())]
+            tokenizer.save_pretrained(save.folder)
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "save_id": save_id,
+            "save_id": save.id,
             "base": asdict(runtime.base),
             "base_files": kept,
             "base_files_sha256": fingerprint_of(model) if kept == "base" else None,
-            "adapter_sha256": adapter_hash(staged) if kept == "adapter" else None,
+            "adapter_sha256": adapter_hash(save.folder) if kept == "adapter" else None,
             "memories": entries,
         }
-        beside = directory / f".{MANIFEST}.{save_id}"
-        beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf8")
-        waiting.append((beside, directory / MANIFEST))
+        save.settle(json.dumps(manifest, indent=1) + "\n")
+    except BaseException:
+        save.abandon()
+        raise
+    save.move_into_place()
+    durable.write_atomic(directory / "README.md", card(manifest))
+    return directory
+
+
+class _Saved(NamedTuple):
+    """What memory.json says of a memory, and its layers' parameters and runs by the names of memory.safetensors."""
+
+    entry: dict[str, Any]
+    parameters: dict[str, Tensor]
+    runs: dict[str, int]
+
+
+def _put(memory: Memory, save: "_Save", row_dtype: torch.dtype | None, row_state: bool) -> _Saved:
+    """Rows and token map of a memory into a save."""
+    tables, parameters, runs = [], {}, {}
+    for index, slot in enumerate(memory.slots):
+        if type(slot.projection) is not nn.Linear:
+            raise CheckpointError(
+                f"The projection of {memory.name!r} was replaced by {type(slot.projection).__name__}, which a memory "
+                'cannot be loaded into. Give PEFT exclude_modules=".*engram.*".'
+            )
+        gradients, identity = slot.table.gradients, slot.scheme.identity
+        gradients.check_updates()
+        weights = {k: v for k, v in slot.state_dict().items() if k != RUN}
+        parameters |= {f"{memory.name}.{index}.{k}": v for k, v in weights.items()}
+        runs[f"{memory.name}.{index}"] = gradients.run
+        rows = slot.table.save(
+            save,
+            f"{memory.name}-{slot.block}",
+            identity=identity.hash,
+            row_dtype=row_dtype,
+            row_state=row_state,
+        )
+        tables.append(
+            {
+                "block": slot.block,
+                "rows": slot.table.n_rows,
+                "width": slot.table.width,
+                "updates": gradients.updates,
+                "run": gradients.run,
+                **rows,
+                "identity": identity.hash,
+                "identity_facts": json.loads(identity.json),
+            }
+        )
+    memory.token_map.save(save.path(f"tokens-{memory.name}.bin"))
+    return _Saved({"config": memory.config.to_json(), "tables": tables}, parameters, runs)
+
+
+class _Save:
+    """A directory that is being written: files beside their targets until all are there (`tables.protocol.Save`).
+
+    folder: for what libraries write by names of their own; made by them.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        for left in directory.glob(".*.*"):
+            if re.fullmatch(r"[0-9a-f]{16}", left.suffix[1:]):
+                _remove(left)  # of a save that was killed
+        self.directory, self.id = directory, secrets.token_hex(8)
+        self.folder = directory / f".staged.{self.id}"
+        self._waiting: list[tuple[Path, Path]] = []
+
+    def path(self, name: str) -> Path:
+        beside = self._beside(name)
+        self._waiting.append((beside, self.directory / name))
+        return beside
+
+    def tensors(self, name: str, tensors: dict[str, Tensor], **marks: str) -> None:
+        held = {k: v.detach().contiguous().cpu() for k, v in tensors.items()}
+        try:
+            save_file(held, self.path(name), metadata={"save_id": self.id, "format": FORMAT, **marks})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{self.directory / name} cannot be written: {error}. What was there before is untouched."
+            ) from None
+
+    def settle(self, manifest: str) -> None:
+        """Write memory.json, the last to be moved, and have everything on disk."""
+        if self.folder.is_dir():
+            self._waiting += [(path, self.directory / path.name) for path in sorted(self.folder.iterdir())]
+        beside = self.path(MANIFEST)
+        beside.write_text(manifest, encoding="utf8")
         mode = beside.stat().st_mode
-        for part, _ in waiting:
+        for part, _ in self._waiting:
             for path in [part] if part.is_file() else [x for x in part.rglob("*") if x.is_file()]:
                 path.chmod(mode)  # safetensors writes files that only their owner can read
                 durable.sync_path(path)
-    except BaseException:
-        for path in [staged, *(path for path, _ in waiting)]:
+
+    def abandon(self) -> None:
+        """Leave the directory as it was."""
+        for path in [self.folder, *(path for path, _ in self._waiting)]:
             _remove(path)
-        raise
-    for path, target in waiting:
-        earlier = directory / f".{target.name}.{save_id}"
-        if path.is_dir() and target.exists():
-            durable.rename(target, earlier)  # a directory replaces none that has files
-        durable.rename(path, target)
-        _remove(earlier)
-    _remove(staged)
-    durable.write_atomic(directory / "README.md", card(manifest))
-    return directory
+
+    def move_into_place(self) -> None:
+        """Give every file its name, in the order in which they were put."""
+        for path, target in self._waiting:
+            earlier = self._beside(target.name)
+            if path.is_dir() and target.exists():
+                durable.rename(target, earlier)  # a directory replaces none that has files
+            durable.rename(path, target)
+            _remove(earlier)
+        _remove(self.folder)
+
+    def _beside(self, name: str) -> Path:
+        return self.directory / f".{name}.{self.id}"
 
 
 def save_pretrained(model: nn.Module, save_directory: str | os.PathLike, **options: Any) -> None:

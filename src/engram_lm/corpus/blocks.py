@@ -11,20 +11,19 @@ memory map when asked for.
 Labels are the input ids: transformers' models shift them. Held-out documents are chosen by the hash of their text,
 whatever the seed or the order of files, and equal texts are never on both sides.
 
-    data = load_data("corpus/*.jsonl.xz", tokenizer=tokenizer, sequence_length=512, held_out_share=0.01, seed=0)
-    torch.utils.data.DataLoader(data.train, batch_size=8)
+    corpus = tokenise("corpus/*.jsonl.xz", tokenizer=tokenizer)
+    blocks = pack(corpus, part="train", sequence_length=512, held_out_share=0.01, seed=0)
+    torch.utils.data.DataLoader(blocks, batch_size=8)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from engram_lm.corpus.text import Files, TxtDocuments
-from engram_lm.corpus.tokenised import Corpus, Progress, tokenise
+from engram_lm.corpus.tokenised import Corpus
 from engram_lm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -150,34 +149,3 @@ def pack(
     if seed is not None:
         documents = np.random.default_rng(seed).permutation(documents)
     return Blocks(corpus, documents, sequence_length, packing, max_tokens)
-
-
-class DataSplit(NamedTuple):
-    """Blocks to train on, and blocks that are never trained on (None where held_out_share is 0)."""
-
-    train: Blocks
-    held_out: Blocks | None
-
-
-def load_data(
-    files: Files,
-    *,
-    tokenizer: Any,
-    sequence_length: int,
-    packing: Packing = "concat",
-    held_out_share: float = 0.0,
-    seed: int | None = 0,
-    max_tokens: int | None = None,
-    field: str = "text",
-    txt_documents: TxtDocuments = "file",
-    end_id: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> DataSplit:
-    """Files → blocks: `tokenise` (cached), then `pack` each side. `max_tokens` caps the training side."""
-    corpus = tokenise(
-        files, tokenizer=tokenizer, field=field, txt_documents=txt_documents, end_id=end_id, progress=progress
-    )
-    shape = {"sequence_length": sequence_length, "packing": packing, "held_out_share": held_out_share}
-    train = pack(corpus, part="train", seed=seed, max_tokens=max_tokens, **shape)
-    # In corpus order: the same held-out loss whatever the seed.
-    return DataSplit(train, pack(corpus, part="held_out", seed=None, **shape) if held_out_share else None)

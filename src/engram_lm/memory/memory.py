@@ -116,9 +116,8 @@ def _ids_on_cpu(window: Window) -> bool:
 
 
 def _rows_on_cpu(table: Any) -> bool:
-    """Whether a table is read on the CPU. One that does not say is asked with addresses where the ids are."""
-    device = getattr(table, "device", None)
-    return device is not None and torch.device(device).type == "cpu"
+    """Whether a table is read on the CPU."""
+    return torch.device(table.device).type == "cpu"
 
 
 def _window_on_cpu(window: Window) -> Window:

@@ -64,7 +64,7 @@ def require_fit(slot: MemoryLayer, table: Any, token_map: TokenMap) -> None:
             f"Block {slot.block} reads {slot.table.n_rows:,} rows of {slot.table.width} numbers; the table has "
             f"{table.n_rows:,} of {table.width}."
         )
-    facts = getattr(table, "identity", None)
+    facts = table.identity
     if facts is not None:
         from engram_lm.addressing import Identity
 

@@ -19,9 +19,10 @@ from engram_lm.errors import CheckpointError, IdentityError
 from engram_lm.memory.layer import MemoryLayer
 from engram_lm.memory.placement import Tier, put_table, store_on
 from engram_lm.storage import HostStore
-from engram_lm.storage.format import SUFFIX, open_packed, read_header
+from engram_lm.storage.format import open_packed, read_header
 from engram_lm.storage.saved import rows_layout
-from engram_lm.tables import LoggedTable, ReadOnlyTable
+from engram_lm.tables import ReadOnlyTable
+from engram_lm.tables.saving import packed_name
 
 
 @dataclass
@@ -30,11 +31,6 @@ class SavedRows:
 
     shape: tuple[int, int]
     put: Callable[[MemoryLayer, nn.Module], None]
-
-
-def packed_name(stem: str) -> str:
-    """The packed file of the table `stem` (NAME-BLOCK)."""
-    return f"rows-{stem}{SUFFIX}"
 
 
 def find_rows(
@@ -86,7 +82,7 @@ def find_rows(
 
 def _in_a_log(directory: Path, entry: dict[str, Any], slot: MemoryLayer) -> SavedRows:
     log, table = entry["log"], slot.table
-    if not isinstance(table, LoggedTable) or table.where()["log"] != log["log"]:
+    if (table.where() or {}).get("log") != log["log"]:
         raise CheckpointError(
             f"The rows of {directory} are position {log['position']:,} of the log {log['log']}. Put LoggedTable.open("
             f'"{log["base"]}", "{log["log"]}") into the model with use_table, then load.'

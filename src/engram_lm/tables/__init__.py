@@ -29,7 +29,6 @@ _WHERE = {
     "rule_from_json": "rules",
     "Table": "protocol",
     "Ticket": "protocol",
-    "TrainableTable": "protocol",
     "ReadOnlyTable": "read_only",
     "LoggedTable": "logged",
 }

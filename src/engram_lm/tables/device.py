@@ -19,8 +19,10 @@ from torch import Tensor
 from engram_lm.errors import AddressError, CheckpointError, ConfigError, RowUpdateError
 from engram_lm.storage.kernels import rows as kernels
 from engram_lm.tables.gradients import Gather, RowGradients
+from engram_lm.tables.protocol import Save
 from engram_lm.tables.rounding import round_bf16_stochastic
 from engram_lm.tables.rules import RowRule
+from engram_lm.tables.saving import save_tensors
 
 _KEYS = itertools.count(1)
 _BY_KEY: "weakref.WeakValueDictionary[int, DeviceTable]" = weakref.WeakValueDictionary()
@@ -72,6 +74,8 @@ class DeviceTable:
         self._register()
 
     fetches_ahead = False
+    identity = None
+    trains = "one process"
 
     def _register(self) -> None:
         self.key = next(_KEYS)
@@ -181,6 +185,21 @@ class DeviceTable:
         if self.dtype == torch.bfloat16 and self._steps:
             tensors["state.rounding"] = torch.tensor([self.seed, self._steps])
         return tensors
+
+    def where(self) -> None:
+        """Its rows are in no log."""
+
+    def save(
+        self,
+        save: Save,
+        stem: str,
+        *,
+        identity: str,
+        row_dtype: torch.dtype | None = None,
+        row_state: bool = False,
+    ) -> dict[str, Any]:
+        """See `Table.save`."""
+        return save_tensors(self, save, stem, identity=identity, row_dtype=row_dtype, row_state=row_state)
 
     def require_fits(self, tensors: dict[str, Tensor]) -> None:
         """CheckpointError where `restore` would refuse."""

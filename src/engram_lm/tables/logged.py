@@ -23,9 +23,11 @@ from engram_lm.storage.disk import DiskStore
 from engram_lm.storage.format import open_packed
 from engram_lm.storage.rowlog import LoggedStore
 from engram_lm.tables.gradients import Gather, RowGradients
+from engram_lm.tables.protocol import Save
 from engram_lm.tables.read_only import ReadOnlyTable, StoredTicket
 from engram_lm.tables.rounding import round_bf16_stochastic
 from engram_lm.tables.rules import RowAdam, RowRule
+from engram_lm.tables.saving import packed_name
 
 
 class LoggedTable(ReadOnlyTable):
@@ -37,6 +39,8 @@ class LoggedTable(ReadOnlyTable):
         seed: of stochastic rounding, for codec bf16.
         dtype, threads, shadow: as StoredTable.
     """
+
+    trains = "one process"
 
     def __init__(
         self, store: LoggedStore, *, rule: RowRule | None = None, seed: int = 0, dtype: torch.dtype = torch.float32,
@@ -130,6 +134,21 @@ class LoggedTable(ReadOnlyTable):
             "position": self.store.sync(),
             "chain": self.store.chain,
         }
+
+    def save(
+        self,
+        save: Save,
+        stem: str,
+        *,
+        identity: str,
+        row_dtype: torch.dtype | None = None,
+        row_state: bool = False,
+    ) -> dict[str, Any]:
+        """See `Table.save`. With row_state the log's position is written down; without, base and log become a packed file."""
+        if row_state:
+            return {"row_state": False, "log": self.where()}
+        self.store.fold(save.path(packed_name(stem)), note=save.id)
+        return {"row_state": False, "chain": self.store.chain}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Cut the log at the checkpoint's position. CheckpointError where the log does not hold it."""

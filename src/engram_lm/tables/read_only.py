@@ -21,7 +21,9 @@ from torch import Tensor
 from engram_lm.errors import CheckpointError, ConfigError, RowUpdateError, StateError
 from engram_lm.storage.store import PendingGather, RowStore, int64
 from engram_lm.tables.gradients import RowGradients
+from engram_lm.tables.protocol import Save
 from engram_lm.tables.rules import RowRule
+from engram_lm.tables.saving import save_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class ReadOnlyTable:
 
     device = torch.device("cpu")
     fetches_ahead = True
+    trains = "never"
 
     def __deepcopy__(self, memo: dict) -> "ReadOnlyTable":
         """A table of the same store: it cannot change."""
@@ -160,6 +163,21 @@ class ReadOnlyTable:
         raise CheckpointError(
             f"{self.store.name} is read from its file and cannot be filled from a checkpoint."
         )
+
+    def where(self) -> None:
+        """Its rows are in no log."""
+
+    def save(
+        self,
+        save: Save,
+        stem: str,
+        *,
+        identity: str,
+        row_dtype: torch.dtype | None = None,
+        row_state: bool = False,
+    ) -> dict[str, object]:
+        """See `Table.save`."""
+        return save_tensors(self, save, stem, identity=identity, row_dtype=row_dtype, row_state=row_state)
 
     def close(self) -> None:
         if self._pool is not None:

@@ -35,6 +35,7 @@ from engram_lm.storage.kernels import rows as kernels
 from engram_lm.tables.device import DeviceTable
 from engram_lm.tables.gradients import Gather, RowGradients
 from engram_lm.tables.pending import RowsGradient, gradient_of
+from engram_lm.tables.protocol import Save
 from engram_lm.tables.ranks import Doing, Ranks
 from engram_lm.tables.rules import RowRule
 from engram_lm.tables.shards import Shard, even_boundaries
@@ -53,6 +54,7 @@ class ShardedTable:
 
     fetches_ahead = True
     device = torch.device("cpu")
+    trains = "group"
 
     def __init__(
         self,
@@ -154,6 +156,24 @@ class ShardedTable:
     def checkpoint(self) -> dict[str, Tensor]:
         """This rank's rows and row-optimizer state (views), and which part of which table they are ("shard.")."""
         return self.shard.checkpoint() | self.part.to_tensors()
+
+    def where(self) -> None:
+        """Its rows are in no log."""
+
+    def save(
+        self,
+        save: Save,
+        stem: str,
+        *,
+        identity: str,
+        row_dtype: torch.dtype | None = None,
+        row_state: bool = False,
+    ) -> dict[str, Any]:
+        """Refused: no process holds all the rows."""
+        raise CheckpointError(
+            f"The rows of {stem} are split over {self.ranks.n} processes, and a memory's directory is written by one: save "
+            "what each rank's checkpoint() returns."
+        )
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `checkpoint`, by all ranks together: nothing changes on any unless each was given its own part."""
