@@ -65,9 +65,9 @@ def save_memory(
         row_state: also write the row optimizers' state, for training to go on.
     """
     runtime, directory = runtime_of(model), Path(directory)
-    save = _Save(directory)
+    save = _Save(directory, row_dtype=row_dtype, row_state=row_state)
     try:
-        saved = [_put(memory, save, row_dtype, row_state) for memory in runtime.memories.values()]
+        saved = [_put(memory, save) for memory in runtime.memories.values()]
         entries = [each.entry for each in saved]
         parameters = {name: tensor for each in saved for name, tensor in each.parameters.items()}
         runs = {name: run for each in saved for name, run in each.runs.items()}
@@ -103,7 +103,7 @@ class _Saved(NamedTuple):
     runs: dict[str, int]
 
 
-def _put(memory: Memory, save: "_Save", row_dtype: torch.dtype | None, row_state: bool) -> _Saved:
+def _put(memory: Memory, save: "_Save") -> _Saved:
     """Rows and token map of a memory into a save."""
     tables, parameters, runs = [], {}, {}
     for index, slot in enumerate(memory.slots):
@@ -117,13 +117,7 @@ def _put(memory: Memory, save: "_Save", row_dtype: torch.dtype | None, row_state
         weights = {k: v for k, v in slot.state_dict().items() if k != RUN}
         parameters |= {f"{memory.name}.{index}.{k}": v for k, v in weights.items()}
         runs[f"{memory.name}.{index}"] = gradients.run
-        rows = slot.table.save(
-            save,
-            f"{memory.name}-{slot.block}",
-            identity=identity.hash,
-            row_dtype=row_dtype,
-            row_state=row_state,
-        )
+        rows = slot.table.save(save, f"{memory.name}-{slot.block}", identity=identity.hash)
         tables.append(
             {
                 "block": slot.block,
@@ -146,12 +140,13 @@ class _Save:
     folder: for what libraries write by names of their own; made by them.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, row_dtype: torch.dtype | None, row_state: bool) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         for left in directory.glob(".*.*"):
             if re.fullmatch(r"[0-9a-f]{16}", left.suffix[1:]):
                 _remove(left)  # of a save that was killed
         self.directory, self.id = directory, secrets.token_hex(8)
+        self.row_dtype, self.row_state = row_dtype, row_state
         self.folder = directory / f".staged.{self.id}"
         self._waiting: list[tuple[Path, Path]] = []
 

@@ -189,17 +189,9 @@ class DeviceTable:
     def where(self) -> None:
         """Its rows are in no log."""
 
-    def save(
-        self,
-        save: Save,
-        stem: str,
-        *,
-        identity: str,
-        row_dtype: torch.dtype | None = None,
-        row_state: bool = False,
-    ) -> dict[str, Any]:
+    def save(self, save: Save, stem: str, *, identity: str) -> dict[str, Any]:
         """See `Table.save`."""
-        return save_tensors(self, save, stem, identity=identity, row_dtype=row_dtype, row_state=row_state)
+        return save_tensors(self, save, stem, identity=identity)
 
     def require_fits(self, tensors: dict[str, Tensor]) -> None:
         """CheckpointError where `restore` would refuse."""

@@ -135,17 +135,9 @@ class LoggedTable(ReadOnlyTable):
             "chain": self.store.chain,
         }
 
-    def save(
-        self,
-        save: Save,
-        stem: str,
-        *,
-        identity: str,
-        row_dtype: torch.dtype | None = None,
-        row_state: bool = False,
-    ) -> dict[str, Any]:
-        """See `Table.save`. With row_state the log's position is written down; without, base and log become a packed file."""
-        if row_state:
+    def save(self, save: Save, stem: str, *, identity: str) -> dict[str, Any]:
+        """See `Table.save`. With row state the log's position is written down; else base and log become a packed file."""
+        if save.row_state:
             return {"row_state": False, "log": self.where()}
         self.store.fold(save.path(packed_name(stem)), note=save.id)
         return {"row_state": False, "chain": self.store.chain}

@@ -16,9 +16,15 @@ class Ticket(Protocol):
 
 
 class Save(Protocol):
-    """A directory that is being written; a table puts its files into it. id: of this save, 16 hexadecimal digits."""
+    """A directory that is being written; a table puts its files into it.
+
+    id: of this save, 16 hexadecimal digits. row_dtype: of rows in the files, as they are for None. row_state: whether the row
+    optimizers' state is saved too, for training to go on.
+    """
 
     id: str
+    row_dtype: Any
+    row_state: bool
 
     def tensors(self, name: str, tensors: dict[str, Any], **marks: str) -> None:
         """Write a safetensors file with these marks beside those that every file of the save has."""
@@ -68,11 +74,8 @@ class Table(Protocol):
     def where(self) -> dict[str, Any] | None:
         """The log that holds the rows and its position, now on disk; None where rows are in no log."""
 
-    def save(
-        self, save: Save, stem: str, *, identity: str, row_dtype: Any = None, row_state: bool = False
-    ) -> dict[str, Any]:
+    def save(self, save: Save, stem: str, *, identity: str) -> dict[str, Any]:
         """Put the rows into a save, named by `stem` (MEMORY-BLOCK); returns what memory.json says of them.
 
-        identity: hash of the addresses' identity. row_dtype: of the rows in the file, as they are for None. row_state: also
-        the state of the row optimizer.
+        identity: hash of the addresses' identity.
         """

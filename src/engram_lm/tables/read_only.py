@@ -167,17 +167,9 @@ class ReadOnlyTable:
     def where(self) -> None:
         """Its rows are in no log."""
 
-    def save(
-        self,
-        save: Save,
-        stem: str,
-        *,
-        identity: str,
-        row_dtype: torch.dtype | None = None,
-        row_state: bool = False,
-    ) -> dict[str, object]:
+    def save(self, save: Save, stem: str, *, identity: str) -> dict[str, object]:
         """See `Table.save`."""
-        return save_tensors(self, save, stem, identity=identity, row_dtype=row_dtype, row_state=row_state)
+        return save_tensors(self, save, stem, identity=identity)
 
     def close(self) -> None:
         if self._pool is not None:

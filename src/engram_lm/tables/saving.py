@@ -12,16 +12,17 @@ def packed_name(stem: str) -> str:
     return f"rows-{stem}{SUFFIX}"
 
 
-def save_tensors(
-    table: Table, save: Save, stem: str, *, identity: str, row_dtype: Any, row_state: bool
-) -> dict[str, Any]:
+def save_tensors(table: Table, save: Save, stem: str, *, identity: str) -> dict[str, Any]:
     """`Table.save` for a table whose checkpoint holds all its rows."""
     tensors, gradients = table.checkpoint(), table.gradients
     rows = tensors.pop("rows")
     run = str(gradients.run)
     save.tensors(
-        f"rows-{stem}.safetensors", {"rows": rows.to(row_dtype or rows.dtype)}, identity=identity, run=run
+        f"rows-{stem}.safetensors",
+        {"rows": rows.to(save.row_dtype or rows.dtype)},
+        identity=identity,
+        run=run,
     )
-    if row_state and tensors:
+    if save.row_state and tensors:
         save.tensors(f"state-{stem}.safetensors", tensors, rule=json.dumps(gradients.rule.to_json()), run=run)
-    return {"row_state": bool(row_state and tensors)}
+    return {"row_state": bool(save.row_state and tensors)}

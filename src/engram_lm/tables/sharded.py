@@ -160,15 +160,7 @@ class ShardedTable:
     def where(self) -> None:
         """Its rows are in no log."""
 
-    def save(
-        self,
-        save: Save,
-        stem: str,
-        *,
-        identity: str,
-        row_dtype: torch.dtype | None = None,
-        row_state: bool = False,
-    ) -> dict[str, Any]:
+    def save(self, save: Save, stem: str, *, identity: str) -> dict[str, Any]:
         """Refused: no process holds all the rows."""
         raise CheckpointError(
             f"The rows of {stem} are split over {self.ranks.n} processes, and a memory's directory is written by one: save "
